@@ -1,0 +1,14 @@
+"""Adaptive low-rank training: every linear layer as W = U V, every layer finding its own rank while it trains.
+
+    alr.factorize_(model, rank=64)
+    adapter = alr.RankAdapter(model, optimizer, alr.recipes.alr)
+    ...
+    optimizer.step(); adapter.step(); model.zero_grad()
+"""
+
+from . import recipes
+from .adapt import RankAdapter, Recipe, Resize
+from .linear import LowRankLinear, densify_, factorize_, low_rank_layers
+
+__version__ = "0.1.0"
+__all__ = ["LowRankLinear", "RankAdapter", "Recipe", "Resize", "densify_", "factorize_", "low_rank_layers", "recipes"]

@@ -1,0 +1,69 @@
+"""Which ranks next?  Plain numbers: no torch in this file.
+
+A controller is a frozen value with two methods over all layers at once,
+
+    memory = control.init(ranks)                                   # plain numbers, so it goes into a checkpoint
+    ranks, memory = control.step(ranks, targets, memory, signal)
+
+`ranks` and `targets` are sequences in the order of the layers; `signal` carries what else is known.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple, Sequence
+
+
+class Signal(NamedTuple):
+    """What a controller may look at beside its targets."""
+
+    caps: Sequence[int]                 # the largest rank of each layer: min(m, n), or break-even
+    step: int = 0                       # optimizer steps so far
+    losses: Sequence[float] = ()        # validation losses so far, oldest first
+    progress: float | None = None       # step / total steps, where the total is known
+
+
+def clamp(x, low, high):
+    """x in [low, high]; high wins when they cross (a layer smaller than min_rank)."""
+    return min(max(x, low), high)
+
+
+@dataclass(frozen=True)
+class Hold:
+    """Never moves: dense and uniform-rank baselines."""
+
+    def init(self, ranks):
+        return []
+
+    def step(self, ranks, targets, memory, signal):
+        return list(ranks), memory
+
+
+@dataclass(frozen=True)
+class Bidirectional:
+    """Script v10: a safety factor, an exponential moving average, a dead band, a step limit; each layer on its own.
+
+    target = safety * estimate, clamped to [min_rank, cap];  e = ema * e + (1 - ema) * target, starting at the rank;
+    no move while |e - r| < threshold, else r += round(e - r), at most max_step either way.  A target equal to the rank
+    is a fixed point.  (`round` is Python's, to even at halves, as in the script.)
+    """
+
+    safety: float = 1.5                 # all five: script v10
+    ema: float = 0.8
+    threshold: float = 2.0
+    max_step: int = 4
+    min_rank: int = 8
+
+    def init(self, ranks):
+        return [float(r) for r in ranks]
+
+    def step(self, ranks, targets, memory, signal):
+        new, smooth = [], []
+        for r, target, e, cap in zip(ranks, targets, memory, signal.caps, strict=True):
+            wanted = clamp(self.safety * target, self.min_rank, cap)
+            e = self.ema * e + (1 - self.ema) * wanted
+            if abs(e - r) >= self.threshold:
+                r = clamp(r + clamp(round(e - r), -self.max_step, self.max_step), self.min_rank, cap)
+            new.append(r)
+            smooth.append(e)
+        return new, smooth

@@ -1,0 +1,214 @@
+"""Change the rank of a factorisation W = U @ V.
+
+Dims: m out_features, n in_features, r rank now, k rank wanted.  U (m, r), V (r, n), W (m, n).
+
+Everything here is a pure function of tensors.  The small r x r algebra runs in float64 on the CPU whatever the factors
+are: it costs nothing there, it is the same on every device, and MPS has neither float64 nor a full set of solvers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def product(U: Tensor, V: Tensor) -> Tensor:
+    """W = U V, formed.  U (m, r), V (r, n) -> (m, n)."""
+    return U @ V
+
+
+def break_even(m: int, n: int) -> int:
+    """The largest rank at which r (m + n) numbers are not more than the m n of the dense matrix; at least 1."""
+    return max(1, m * n // (m + n))
+
+
+def check_rank(k: int, m: int, n: int, who: str = "resize", layer: str = "a matrix") -> int:
+    """k, if a matrix of m x n can have that rank.  ValueError otherwise."""
+    if not 1 <= k <= min(m, n):
+        raise ValueError(f"{who}: rank {k} asked of {layer} ({m} x {n}); it takes 1 to {min(m, n)}.")
+    return int(k)
+
+
+# ------------------------------------------------------------------------------------------------ the core
+
+def _wide(X: Tensor) -> Tensor:
+    """X in float64, on the CPU where its device has no float64 (MPS)."""
+    X = X.detach()
+    return X.cpu().double() if X.device.type == "mps" else X.double()
+
+
+def gram(X: Tensor) -> Tensor:
+    """X^T X in float64 on the CPU.  (m, r) -> (r, r).  In float32 it would lose every s below 3e-4 of the largest."""
+    X = _wide(X)
+    return (X.mT @ X).cpu()                                         # (r, r)
+
+
+def root(X: Tensor) -> Tensor:
+    """An R with R^T R = X^T X, so that X = Q R for a Q with orthonormal columns that nobody has to form.
+
+    (m, r) -> (r, r), float64 on the CPU.  From QR when X is float64 itself.  Otherwise from the Gram matrix in float64:
+    Cholesky, several times faster, and as exact as float32 or narrower factors can tell; when X has dependent columns
+    and Cholesky does not exist, the symmetric root by eigh.
+    """
+    if X.dtype == torch.float64:
+        return torch.linalg.qr(X.detach(), mode="r").R.cpu()        # (min(m, r), r)
+    G = gram(X)                                                     # (r, r)
+    L, info = torch.linalg.cholesky_ex(G)
+    if info.item() == 0:
+        return L.mT                                                 # (r, r)
+    lam, E = torch.linalg.eigh(G)                                   # (r,), (r, r)
+    return lam.clamp_min(0).sqrt()[:, None] * E.mT                  # (r, r)
+
+
+def core(U: Tensor, V: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """W's singular values and the way to its singular vectors, from r x r matrices alone: W is never formed.
+
+    With roots Ru, Rv (U = Qu Ru, V^T = Qv Rv) the core C = Ru Rv^T = P S Z^T has W's singular values, since
+    W = (Qu P) S (Qv Z)^T.  Returns S (r,), falling, A = Rv^T Z (r, r) and B = P^T Ru (r, r), for which
+    U A = (Qu P) S and B V = S (Qv Z)^T.  float64 on the CPU.  O((m + n) r^2).
+
+    From the SVD of C when the factors are float64; else from eigh(C C^T), which finds S down to 1e-8 of the largest,
+    under what float32 factors hold, in half the time.
+    """
+    Ru = root(U)                                                    # (r, r)
+    if U.dtype == torch.float64:
+        Rv = root(V.mT)                                             # (r, r)
+        P, S, Zt = torch.linalg.svd(Ru @ Rv.mT, full_matrices=False)    # (q, q), (q,), (q, q)
+        return S, Rv.mT @ Zt.mT, P.mT @ Ru
+    CR = gram(V.mT) @ Ru.mT                                         # (r, r) = Rv^T C^T
+    lam, P = torch.linalg.eigh(Ru @ CR)                             # (r,), (r, r), rising
+    S, P = lam.flip(0).clamp_min(0).sqrt(), P.flip(1)               # (r,), (r, r)
+    A = (CR @ P) / S.clamp_min(torch.finfo(S.dtype).tiny)           # (r, r): Z = C^T P / S
+    return S, A, P.mT @ Ru
+
+
+def singular_values(U: Tensor, V: Tensor) -> Tensor:
+    """The r singular values of W = U V, falling, from the core.  (m, r), (r, n) -> (r,) float64 on the CPU."""
+    return core(U, V)[0]                                            # (r,)
+
+
+# ------------------------------------------------------------------------------------------------ other ranks
+
+def svd_full(U: Tensor, V: Tensor, k: int, eps: float = 0.0, split: str = "sqrt") -> tuple[Tensor, Tensor]:
+    """The best rank-k approximation of U V by forming W and taking its whole SVD: the reference, and the scripts' way.
+
+    (m, r), (r, n) -> (m, k), (k, n).  O(m n min(m, n)).  k may be above r: then the extra directions are whatever null
+    vectors the SVD returns, scaled by sqrt(eps) in each factor (script v10: eps = 1e-8).
+
+    Where does S go?  "sqrt": its root to each factor (scripts v3 to v7.1, v7.4 to v10).  "left": all of it to U (v7.2,
+    v7.3).  Ours is "sqrt": both factors then see gradients of like size.
+    """
+    m, n = U.shape[0], V.shape[1]
+    check_rank(k, m, n)
+    W = (U.detach() @ V.detach()).cpu()                             # (m, n)
+    W = W if W.dtype == torch.float64 else W.float()                # no half-precision SVD anywhere
+    P, S, Zt = torch.linalg.svd(W, full_matrices=False)             # (m, q), (q,), (q, n)
+    P, S, Zt = P[:, :k], S[:k], Zt[:k]                              # (m, k), (k,), (k, n)
+    if split == "sqrt":
+        half = (S + eps).sqrt()                                     # (k,)
+        U2, V2 = P * half, half[:, None] * Zt                       # (m, k), (k, n)
+    elif split == "left":
+        U2, V2 = P * S, Zt                                          # (m, k), (k, n)
+    else:
+        raise ValueError(f"svd_full: split {split!r}; it is 'sqrt' or 'left'.")
+    return U2.to(U), V2.to(V)
+
+
+def svd_core(U: Tensor, V: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The best rank-k approximation of U V, k <= r, from the r x r core: what `svd_full` gives, W never formed.
+
+    (m, r), (r, n) -> (m, k), (k, n), S split evenly: U' = U A S^(-1/2) and V' = S^(-1/2) B V with A and B of `core`.
+    O((m + n) r^2).  Orthonormal bases are never formed either.
+    Directions that W does not have (s below r eps of the largest) start as `grow` would start them.
+    """
+    m, r, n = U.shape[0], U.shape[1], V.shape[1]
+    if not 1 <= k <= r:
+        raise ValueError(f"svd_core: rank {k} asked of factors of rank {r}; it takes 1 to {r} (grow adds directions).")
+    S, A, B = core(U, V)                                            # (r,), (r, r), (r, r)
+    live = int((S > S[0] * r * torch.finfo(U.dtype).eps).sum())     # directions that are more than rounding
+    q = min(k, live)
+    half = S[:q].rsqrt()                                            # (q,)
+    A, B = A[:, :q] * half, half[:, None] * B[:q]                   # (r, q), (q, r)
+    wide = torch.promote_types(U.dtype, torch.float32)              # as exact here as forming W in that dtype would be
+    U2 = (U.detach().to(wide) @ A.to(U.device, wide)).to(U)         # (m, q)
+    V2 = (B.to(V.device, wide) @ V.detach().to(wide)).to(V)         # (q, n)
+    return (U2, V2) if q == k else grow(U2, V2, k, like=V)
+
+
+def grow(U: Tensor, V: Tensor, k: int, like: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Add k - r directions and leave W exactly as it was.
+
+    New rows of V are orthogonal to the old ones and to each other, new columns of U are zero: the product does not
+    change, the gradient of U is alive at once.  Same idea as LoRA's start (Hu et al. 2022, sec. 4.1).
+
+    (m, r), (r, n) -> (m, k), (k, n).  ValueError unless r <= k <= min(m, n).  Length of the new rows: the mean length of
+    the rows of `like` (V itself), 1 when there are none (ours, untuned).  Draws from torch's global generator.
+    """
+    m, r, n = U.shape[0], U.shape[1], V.shape[1]
+    if k < r:
+        raise ValueError(f"grow: rank {k} asked of factors of rank {r}; growing never shrinks (svd_core does).")
+    check_rank(k, m, n, "grow")
+    if k == r:
+        return U.detach().clone(), V.detach().clone()
+    rows = _wide(V).cpu()                                           # (r, n)
+    Q = torch.linalg.qr(rows.mT).Q                                  # (n, r), spans the old rows
+    X = torch.randn(n, k - r, dtype=torch.float64)                  # (n, k - r)
+    for _ in range(2):                                              # twice is enough (Giraud, Langou & Rozloznik 2005)
+        X = X - Q @ (Q.mT @ X)                                      # (n, k - r)
+    X = torch.linalg.qr(X).Q.mT                                     # (k - r, n)
+    lengths = (rows if like is None else _wide(like).cpu()).norm(dim=1)
+    length = lengths.mean().item() if lengths.numel() and lengths.sum() > 0 else 1.0
+    U2 = torch.cat([U.detach(), U.new_zeros(m, k - r)], dim=1)      # (m, k)
+    V2 = torch.cat([V.detach(), (length * X).to(V)], dim=0)         # (k, n)
+    return U2, V2
+
+
+# ------------------------------------------------------------------------------------------------ what a change does
+
+def change_of_basis(U: Tensor, V: Tensor, U2: Tensor, V2: Tensor) -> tuple[Tensor, Tensor]:
+    """How gradients of the old factors become gradients of the new ones: g_U' = g_U T_U and g_V' = T_V g_V.
+
+    Write U' = U A and V' = B V.  With G the gradient of W, g_U' = G V'^T = G V^T B^T = g_U B^T, and g_V' = A^T g_V.
+    So T_U = B^T (r, k) and T_V = A^T (k, r), the least-squares solutions, whatever way the new factors were found.
+    A grown direction is orthogonal to the old ones: its entries are zero, since the past says nothing of it.
+    float64 on the CPU.  O((m + n) r^2).
+    """
+    def solve(X, Y):                                                # min-norm C with X C = Y in the span of X
+        G = gram(X)                                                 # (r, r)
+        C = (_wide(X).mT @ _wide(Y)).cpu()                          # (r, k)
+        return torch.linalg.pinv(G, hermitian=True, rtol=1e-12) @ C
+    return solve(V.mT, V2.mT), solve(U, U2).mT                      # (r, k), (k, r)
+
+
+def relative_change(U: Tensor, V: Tensor, U2: Tensor, V2: Tensor) -> float:
+    """||U V - U' V'||_F / ||U V||_F from Gram matrices (resolves about 1e-8); 0 when both are zero, inf from zero."""
+    def inner(A, B, C, D):                                          # <A B, C D> = tr(B^T A^T C D)
+        AC, DB = _wide(A).mT @ _wide(C), _wide(D) @ _wide(B).mT     # (r, k), (k, r)
+        return torch.einsum("rk,kr->", AC.cpu(), DB.cpu()).item()
+    old, new, both = inner(U, V, U, V), inner(U2, V2, U2, V2), inner(U, V, U2, V2)
+    if old <= 0:
+        return 0.0 if new <= 0 else float("inf")
+    return max(0.0, (old + new - 2 * both) / old) ** 0.5
+
+
+# ------------------------------------------------------------------------------------------------ the axis: resize
+
+@dataclass(frozen=True)
+class SvdCore:
+    """Shrink by the core's SVD, grow without changing W: ours."""
+
+    def __call__(self, U: Tensor, V: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        return svd_core(U, V, k) if k <= U.shape[1] else grow(U, V, k)
+
+
+@dataclass(frozen=True)
+class SvdFull:
+    """Form W, full SVD, keep k: the scripts' way, both for shrinking and for growing."""
+
+    eps: float = 1e-8                                               # under the root; script v10
+    split: str = "sqrt"                                             # or "left": scripts v7.2, v7.3
+
+    def __call__(self, U: Tensor, V: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        return svd_full(U, V, k, self.eps, self.split)

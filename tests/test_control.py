@@ -1,0 +1,71 @@
+"""Laws of `alr.control`: no torch, fixed points, bounded steps; and v10 at its edges."""
+
+import ast
+import pathlib
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import alr.control
+from alr.control import Bidirectional, Hold, Signal
+
+CAPS = Signal(caps=(512, 512))
+
+
+def drive(control, rank, target, steps, cap=512):
+    ranks, memory, path = [rank], control.init([rank]), []
+    for _ in range(steps):
+        ranks, memory = control.step(ranks, [target], memory, Signal(caps=[cap]))
+        path.append(ranks[0])
+    return path
+
+
+def test_control_imports_no_torch():
+    tree = ast.parse(pathlib.Path(alr.control.__file__).read_text(encoding="utf-8"))
+    names = {a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names}
+    names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert "torch" not in " ".join(filter(None, names)) and names
+
+
+def test_v10_by_hand():
+    """64 and an estimate of 12.3: target 18.45, e = 0.8 * 64 + 0.2 * 18.45 = 54.89, a wish of -9, a step of -4."""
+    ranks, memory = Bidirectional().step([64], [12.3], Bidirectional().init([64]), Signal(caps=[512]))
+    assert ranks == [60] and memory == [pytest.approx(54.89)]
+
+
+def test_v10_target_equal_to_the_rank_is_a_fixed_point():
+    assert drive(Bidirectional(), 30, 20.0, 50) == [30] * 50              # 1.5 * 20 = 30
+
+
+def test_v10_dead_band():
+    assert drive(Bidirectional(), 30, 31.9 / 1.5, 100) == [30] * 100      # e approaches 31.9, never 2 away
+    assert drive(Bidirectional(), 30, 33.0 / 1.5, 100)[-1] == 32          # crosses 2 once, moves, and is then inside
+
+
+def test_v10_goes_down_by_four_and_stops_in_the_dead_band_above_min_rank():
+    path = drive(Bidirectional(), 64, 1.0, 40)
+    assert path[:3] == [60, 56, 52] and path[-1] == min(path) == 10
+
+
+def test_v10_grows_up_to_the_cap():
+    path = drive(Bidirectional(), 8, 500.0, 60, cap=40)
+    assert path[-1] >= 39 and max(path) <= 40 and path[0] == 12
+
+
+@given(st.integers(1, 512), st.floats(1, 512), st.integers(1, 512), st.integers(1, 60))
+def test_v10_is_bounded(rank, target, cap, steps):
+    rank = min(rank, cap)
+    path = [rank] + drive(Bidirectional(), rank, target, steps, cap)
+    low = min(8, cap)
+    for a, b in zip(path, path[1:]):
+        assert (abs(b - a) <= 4 or a < low) and b <= cap and (b >= low or b == a)
+
+
+def test_layers_do_not_know_each_other_and_hold_holds():
+    c = Bidirectional()
+    both, _ = c.step([64, 20], [12.3, 90.0], c.init([64, 20]), CAPS)
+    assert both == [c.step([r], [t], c.init([r]), Signal(caps=[512]))[0][0] for r, t in [(64, 12.3), (20, 90.0)]]
+    assert Hold().step([3, 4], [100, 100], Hold().init([3, 4]), CAPS) == ([3, 4], [])
+    with pytest.raises(ValueError):
+        c.step([64, 20], [12.3], c.init([64, 20]), CAPS)
