@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from .control import Hold, Signal
+from .control import ByLayer, Hold, Signal
 from .factor import SvdCore, break_even, relative_change
 from .init import Spectral
 from .linear import LowRankLinear, _refuse_wrapped, factorize_, low_rank_layers
@@ -45,6 +45,7 @@ class Recipe:
     gradient: Any = None                # what happens to gradients before the optimizer sees them (v1, v2)
     op: Callable | None = None          # the layer's own forward and backward (v6, v7.3)
     every: int = 200                    # steps between decisions; script v10: once per epoch of 200 steps
+    offset: int = 0                     # decisions at offset, offset + every, ...; 1: on the first batch of an epoch (v3)
     warmup: int = 0                     # no decision up to and including this step
     stop: int | None = None             # no decision after this step
     epoch: int = 200
@@ -52,10 +53,14 @@ class Recipe:
     where: tuple[str, ...] = ("*",)     # layers, as shell patterns of names
 
     def paced(self, epoch: int) -> "Recipe":
-        """The same recipe on a clock of `epoch` steps per epoch."""
+        """The same recipe on a clock of `epoch` steps per epoch.  Axes that count steps are `paced` in their own way."""
+        factor = epoch / self.epoch
         def scale(steps):
-            return None if steps is None else round(steps * epoch / self.epoch)
-        return replace(self, every=max(1, scale(self.every)), warmup=scale(self.warmup), stop=scale(self.stop), epoch=epoch)
+            return None if steps is None else round(steps * factor)
+        axes = {axis: value.paced(factor) for axis in ("estimate", "control", "gradient")
+                if hasattr(value := getattr(self, axis), "paced")}
+        return replace(self, every=max(1, scale(self.every)), warmup=scale(self.warmup), stop=scale(self.stop),
+                       epoch=epoch, **axes)
 
     def limit(self, layer: nn.Module) -> int:
         """The largest rank that this recipe gives a layer (nn.Linear or LowRankLinear)."""
@@ -103,10 +108,12 @@ class RankAdapter:
         if recipe.rank is not None and not self.layers:
             raise ValueError("RankAdapter: the model holds no LowRankLinear; call alr.factorize_(model, rank=...) or "
                              "recipe.prepare(model) before the optimizer is made.")
-        recipe.state.check(self.optimizers)
+        if self.layers:
+            recipe.state.check(self.optimizers)
         self.memory = recipe.control.init(list(self.ranks.values()))
         self.steps, self.losses, self.seconds = 0, [], 0.0
         self.stale: dict[str, list] = {}            # under Stale: layer -> shapes that the optimizer still holds
+        self.grouped: dict[str, tuple] = {}         # by recipe.gradient: layer -> what it did last
         self._seen, self._warned = 0, False
         for optimizer in self.optimizers[:1]:
             optimizer.register_step_post_hook(self._count)
@@ -121,7 +128,8 @@ class RankAdapter:
     def _count(self, *_):
         # nobody should train for hours and learn at the end that no rank could move (PEFT issues 432, 1801)
         self._seen += 1
-        if self._seen - self.steps >= UNSEEN and not self._warned and self.recipe.estimate is not None:
+        idle = self.recipe.estimate is None and self.recipe.gradient is None
+        if self._seen - self.steps >= UNSEEN and not self._warned and not idle:
             self._warned = True
             warnings.warn(f"RankAdapter: {self._seen} optimizer steps, {self.steps} calls of adapter.step(). "
                           "No rank can change without it: call it after every optimizer.step().", stacklevel=2)
@@ -132,7 +140,7 @@ class RankAdapter:
         if loss is not None:
             self.losses.append(float(loss))
         r = self.recipe
-        due = self.steps % r.every == 0 and self.steps > r.warmup and (r.stop is None or self.steps <= r.stop)
+        due = (self.steps - r.offset) % r.every == 0 and r.warmup < self.steps <= (r.stop or self.steps)
         return self.adapt() if due and r.estimate is not None else []
 
     @torch.no_grad()
@@ -140,9 +148,11 @@ class RankAdapter:
         """Decide now, whatever the clock says: estimate every layer, ask the controller, change what it wants changed."""
         start = time.perf_counter()
         r, ranks = self.recipe, list(self.ranks.values())
-        targets = [r.estimate(layer) for layer in self.layers.values()]
+        targets = [(r.estimate.of(name) if isinstance(r.estimate, ByLayer) else r.estimate)(layer)
+                   for name, layer in self.layers.items()]
         progress = self.steps / self.total_steps if self.total_steps else None
-        signal = Signal([r.limit(layer) for layer in self.layers.values()], self.steps, tuple(self.losses), progress)
+        signal = Signal([r.limit(layer) for layer in self.layers.values()], self.steps, tuple(self.losses), progress,
+                        list(self.layers))
         wanted, self.memory = r.control.step(ranks, targets, self.memory, signal)
         events = self.resize({name: k for name, old, k in zip(self.layers, ranks, wanted) if k != old},
                              dict(zip(self.layers, targets)))

@@ -10,8 +10,9 @@ A controller is a frozen value with two methods over all layers at once,
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple, Sequence
 
 
 class Signal(NamedTuple):
@@ -21,6 +22,7 @@ class Signal(NamedTuple):
     step: int = 0                       # optimizer steps so far
     losses: Sequence[float] = ()        # validation losses so far, oldest first
     progress: float | None = None       # step / total steps, where the total is known
+    names: Sequence[str] = ()           # of the layers, for `ByLayer`
 
 
 def clamp(x, low, high):
@@ -67,3 +69,52 @@ class Bidirectional:
             new.append(r)
             smooth.append(e)
         return new, smooth
+
+
+@dataclass(frozen=True)
+class ByLayer:
+    """Other numbers for other layers (script v5.1): the first rule (shell pattern, value) that fits a layer's name.
+
+    On a recipe's `estimate` axis the values are estimates, on its `control` axis controllers.
+    """
+
+    rules: tuple[tuple[str, Any], ...]
+
+    def of(self, name: str) -> Any:
+        """The value for the layer of that name.  ValueError when no rule fits."""
+        return self.rules[self._rule(name)][1]
+
+    def paced(self, factor: float) -> "ByLayer":
+        return ByLayer(tuple((p, v.paced(factor) if hasattr(v, "paced") else v) for p, v in self.rules))
+
+    def _rule(self, name):
+        for i, (pattern, _) in enumerate(self.rules):
+            if fnmatchcase(name, pattern):
+                return i
+        raise ValueError(f"ByLayer: no rule for layer {name!r} among {', '.join(p for p, _ in self.rules)}; "
+                         "end with ('*', ...).")
+
+    def init(self, ranks):
+        return {}                                                   # names are not known yet: see step
+
+    def step(self, ranks, targets, memory, signal):
+        if len(signal.names) != len(ranks):
+            raise ValueError(f"ByLayer: {len(ranks)} ranks and {len(signal.names)} names; give Signal(names=...).")
+        chosen = [self._rule(name) for name in signal.names]
+        new, memories = list(ranks), {}
+        for i in sorted(set(chosen)):
+            mine = [j for j, c in enumerate(chosen) if c == i]
+            pattern, control = self.rules[i]
+            part = [[seq[j] for j in mine] for seq in (ranks, targets, signal.caps, signal.names)]
+            then = memory[pattern] if pattern in memory else control.init(part[0])
+            got, memories[pattern] = control.step(part[0], part[1], then, signal._replace(caps=part[2], names=part[3]))
+            for j, r in zip(mine, got, strict=True):
+                new[j] = r
+        return new, memories
+
+
+def each(value: Any, **changes) -> Any:
+    """The value with these fields replaced; in a `ByLayer`, those of every value."""
+    if isinstance(value, ByLayer):
+        return ByLayer(tuple((pattern, each(v, **changes)) for pattern, v in value.rules))
+    return replace(value, **changes)

@@ -1,5 +1,5 @@
-"""Intervals over a handful of seeds.  Standard library only, and every sum exact (`math.fsum`): another machine gets the
-same digits.
+"""Intervals over a handful of seeds.  Standard library only, and every sum is exact (`math.fsum`): another machine gets
+the same digits.
 
     mean([4.41, 4.43, 4.46])                        # Interval(value=4.4333, low=4.3708, high=4.4958, n=3)
     compare(ours, theirs, paired=True)              # of the mean difference ours - theirs
@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import math
 import random
+from functools import lru_cache
 from typing import NamedTuple, Sequence
 
+METHODS = ("t", "bootstrap")
 RESAMPLES = 10_000                      # bootstrap means (ours)
 SMALL = 1e-300                          # stands for a zero in the continued fraction (Numerical Recipes, sec. 6.4)
 
@@ -53,6 +55,7 @@ def t_cdf(t: float, df: float) -> float:
     return 1 - tail if t > 0 else tail
 
 
+@lru_cache
 def t_quantile(p: float, df: float) -> float:
     """The t with t_cdf(t, df) = p, by bisection, to 12 digits.  ValueError unless 0 < p < 1 and df > 0."""
     if not (0 < p < 1 and df > 0):
@@ -98,10 +101,10 @@ def resampled(draw, value: float, n: int, level: float) -> Interval:
 def mean(x: Sequence[float], method: str = "t", level: float = 0.95) -> Interval:
     """The mean of x over seeds, with a t interval, or by method="bootstrap".
 
-    The percentile bootstrap is too narrow for few seeds (of three numbers, a resample repeats one of them in a ninth of
-    all cases): t is the default.  ValueError for an empty x or an unknown method.
+    The percentile bootstrap is too narrow for few seeds (it cannot leave the range of the values): t is the default.
+    ValueError for an empty x or an unknown method.
     """
-    if method not in ("t", "bootstrap"):
+    if method not in METHODS:
         raise ValueError(f"interval {method!r} is not known; there are 't' and 'bootstrap'.")
     x, n = list(x), len(x)
     if n == 0:
@@ -117,8 +120,8 @@ def mean(x: Sequence[float], method: str = "t", level: float = 0.95) -> Interval
 def compare(a: Sequence[float], b: Sequence[float], paired: bool, method: str = "t", level: float = 0.95) -> Interval:
     """mean(a) - mean(b), with its interval.
 
-    paired: a[i] and b[i] share a seed, so the interval is that of their differences, which is how runs on the same batches
-    in the same order lose most of their noise.  Otherwise Welch's (1947) t, whose variances need not be equal; n is then
+    paired: a[i] and b[i] share a seed, so the interval is that of their differences; runs on the same batches in one
+    order lose much of their noise that way.  Otherwise Welch's (1947) t, whose variances need not be equal; n is then
     the smaller of the two counts.  ValueError when paired arms are of unequal length.
     """
     if paired:
@@ -127,7 +130,9 @@ def compare(a: Sequence[float], b: Sequence[float], paired: bool, method: str = 
     if n < 2:
         return Interval(value, None, None, n)
     if method == "bootstrap":
-        return resampled(lambda rng: average(rng.choices(a, k=len(a))) - average(rng.choices(b, k=len(b))), value, n, level)
+        def draw(rng):
+            return average(rng.choices(a, k=len(a))) - average(rng.choices(b, k=len(b)))
+        return resampled(draw, value, n, level)
     va, vb = variance(a) / len(a), variance(b) / len(b)
     df = (va + vb) ** 2 / (va ** 2 / (len(a) - 1) + vb ** 2 / (len(b) - 1)) if va + vb > 0 else 1.0
     return around(value, math.sqrt(va + vb), df, n, level)

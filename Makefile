@@ -1,0 +1,97 @@
+# Two commands: `make book` and `make test`. Everything runs from this folder, and every path is relative or quoted, so
+# the folder may lie below a directory with a space in its name. Works with GNU make 3.81 (macOS) and later.
+
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+.PHONY: help env book test train runs claims refresh lab bench pdf diff clean
+
+PYTHON  ?= python3
+VENV    ?= .venv
+PROFILE ?=
+ONLY    ?=
+ARGS    ?= --log-file v10_log.jsonl --epochs 30 --init-rank 64 --min-rank 8 --d-model 512
+PY       = "$(VENV)/bin/python"
+
+ifeq ($(strip $(VENV)),)
+$(error VENV is empty: activate the conda environment first, or leave VENV out)
+endif
+export PYTHON VENV
+# The kernel `python3` is the environment's own, whatever kernels lie in the home folder.
+export JUPYTER_PREFER_ENV_PATH := 1
+
+# Notebooks run in notebooks/, everything else here: a relative ALR_DATA is made absolute once.
+ifneq ($(strip $(ALR_DATA)),)
+override ALR_DATA := $(or $(shell cd "$(ALR_DATA)" && pwd),$(error ALR_DATA is "$(ALR_DATA)", which is no folder))
+export ALR_DATA
+endif
+
+help: ## this list
+	@echo "Adaptive low-rank training: a library (alr/) and the book about it (notebooks/, book/)."
+	@echo
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
+	@echo
+	@echo "  PYTHON=python3.12          the interpreter of a new .venv"
+	@echo "  VENV=\"\$$CONDA_PREFIX\"      use that environment instead of making .venv"
+	@echo "  PROFILE=cpu                for book and pdf: minutes a chapter; full: the original's sizes, for a GPU"
+	@echo "  ONLY=10_v10                for refresh and test: one notebook"
+	@echo "  ALR_DATA=folder            holds wikitext-2/ and tinyshakespeare/, if you have them"
+
+env:
+	@sh book/env.sh
+
+book: env ## run every notebook, build the HTML book, say which file to open; goes on where it was cut off
+	@$(PY) book/notebooks.py run --profile "$(PROFILE)"
+	@$(PY) book/build.py html --profile "$(PROFILE)"
+
+test: env ## unit tests, then every notebook as committed (nbval); goes on where it was cut off
+	@TQDM_DISABLE=1 $(PY) -m pytest tests
+	@$(PY) book/notebooks.py check $(ONLY)
+
+train: env ## the original's training command, on wiki.train.tokens or else on Python's own manual (ARGS="...")
+	@set --; \
+	case " $(ARGS) " in *" --data-file"*|*" --corpus"*) ;; *) \
+	    set -- --corpus pydoc; \
+	    for file in wiki.train.tokens data/cache/wikitext-2/wiki.train.tokens \
+	            "$$ALR_DATA/wikitext-2/wiki.train.tokens"; do \
+	        if [ -f "$$file" ]; then set -- --data-file "$$file"; break; fi; \
+	    done; \
+	    [ "$$1" = --data-file ] || echo "wiki.train.tokens is not here, in data/cache/wikitext-2 or in ALR_DATA:" \
+	        "training on the text that comes with Python instead (--corpus pydoc)."; \
+	esac; \
+	echo python -m alr.train "$$@" $(ARGS); \
+	$(PY) -m alr.train "$$@" $(ARGS)
+
+runs: env ## record a suite of runs: make runs SUITE=evolution (ARGS=--dry-run says what it would do)
+	@if [ ! -f "data/suites/$(SUITE).toml" ]; then \
+	    echo "make runs SUITE=NAME, where NAME is one of:"; ls data/suites 2>/dev/null | sed -n 's/\.toml$$//p'; exit 2; \
+	fi
+	@$(PY) -m alr.sweep "data/suites/$(SUITE).toml" $(if $(filter command line,$(origin ARGS)),$(ARGS))
+
+claims: env ## recompute every claim of the book from the recorded runs into data/claims.json
+	@$(PY) -m alr.claims
+
+diff: env ## the claims that left their old interval: make diff OLD=<tag or commit>
+	@if [ -z "$(OLD)" ]; then echo "make diff OLD=<tag or commit>"; exit 2; fi
+	@$(PY) -m alr.claims --diff "$(OLD)"
+
+refresh: env ## run the notebooks in place and take out what differs from run to run (ONLY=10_v10 for one)
+	@$(PY) book/notebooks.py refresh $(ONLY)
+
+lab: env ## open the notebooks in JupyterLab (installed on the first call, pinned)
+	@$(PY) -c 'import jupyterlab' 2>/dev/null || \
+	    $(PY) -m pip install --disable-pip-version-check -c constraints.txt -e ".[lab]"
+	@$(PY) -m jupyterlab notebooks
+
+bench: env ## time the resizes, the rank checks and the layer against their references (pytest-benchmark)
+	@set -- tests/bench_*.py; \
+	if [ ! -f "$$1" ]; then echo "no tests/bench_*.py to run"; exit 1; fi; \
+	$(PY) -m pytest --benchmark-only --benchmark-disable-gc --benchmark-columns=min,median,stddev,rounds "$$@"
+
+pdf: env ## the book as one PDF, printed by Chromium or Chrome
+	@$(PY) book/notebooks.py run --profile "$(PROFILE)"
+	@$(PY) book/build.py pdf --profile "$(PROFILE)"
+
+clean: ## remove everything built; the environment (.venv) and downloaded corpora (data/cache) stay
+	rm -rf _build .pytest_cache .hypothesis .benchmarks
+	find alr book notebooks tests -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
+	find notebooks -name .ipynb_checkpoints -prune -exec rm -rf {} + 2>/dev/null || true

@@ -1,0 +1,58 @@
+"""Numbers of one run that no `end` line holds, by name: what a claim may call its metric.  No torch.
+
+Each takes one run and its whole suite (both `records.Runs`), and named arguments from the register's `with`.
+"""
+
+from __future__ import annotations
+
+import math
+
+from .records import Runs
+
+
+def steps_to_loss(run: Runs, suite: Runs, level: float | str) -> float:
+    """Steps until an epoch ends at a validation loss of `level` or below; infinite when none does.
+
+    level may be the name of an arm: then it is that arm's loss at its last epoch, at the same seed.
+    """
+    return _reached(run, suite, level, "step")
+
+
+def seconds_to_loss(run: Runs, suite: Runs, level: float | str) -> float:
+    """As steps_to_loss, in seconds: the epochs' time_sec, summed."""
+    return _reached(run, suite, level, "seconds")
+
+
+def _reached(run, suite, level, column):
+    if isinstance(level, str):
+        seed = run.curves["seed"].iloc[0]
+        model = suite.of(arm=level, seed=seed).curves
+        if model["run"].nunique() != 1:
+            raise ValueError(f"level = {level!r}: that arm has {model['run'].nunique()} runs at seed {seed}; wanted 1.")
+        level = model["val_loss"].iloc[-1]
+    hits = run.curves.loc[run.curves["val_loss"] <= level, column]
+    return float(hits.iloc[0]) if len(hits) else math.inf
+
+
+def best_val_loss(run: Runs, suite: Runs) -> float:
+    """The lowest validation loss of any epoch."""
+    return float(run.curves["val_loss"].min())
+
+
+def val_loss_at(run: Runs, suite: Runs, epoch: int) -> float:
+    """The validation loss at the end of that epoch; NaN when the run is shorter."""
+    return float(run.curves.set_index("epoch")["val_loss"].get(epoch, math.nan))
+
+
+def role_rank(run: Runs, suite: Runs, role: str) -> float:
+    """The mean final rank of the layers of that role: q, k, v, o, up or down; NaN when the run has none."""
+    last = run.ranks[run.ranks["epoch"] == run.ranks["epoch"].max()]
+    return float(last.loc[last["role"] == role, "rank"].mean())
+
+
+def growth_moves(run: Runs, suite: Runs) -> float:
+    """How many resizes made a layer larger."""
+    return float((run.resizes["new"] > run.resizes["old"]).sum())
+
+
+METRICS = {f.__name__: f for f in (steps_to_loss, seconds_to_loss, best_val_loss, val_loss_at, role_rank, growth_moves)}

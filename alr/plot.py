@@ -1,0 +1,276 @@
+"""Figures from records: tables of `alr.records` in, matplotlib figures out.  No torch, so they can be redrawn long after.
+
+    r = alr.runs("evolution")
+    losses(r.curves), pareto(r.ends), rank_map(r.of(arm="v10", seed=0).ranks), forest(claims.read())
+
+A figure is a white card with dark ink, the same in light and dark pages (`alr.style`); an arm or a role has the same
+colour in all of them, and every axis names its unit.  Bands and bars are 95 % t intervals over seeds (`alr.stats`); one seed has none.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from typing import Mapping, Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import LogFormatterSciNotation, LogLocator, MaxNLocator, NullFormatter
+
+from .claims import VERDICTS, phrase
+from .register import bounds
+from .stats import mean
+from .style import BLUE, DASHES, GREEN, GREY, INK, ORANGE, PURPLE, SKY, VERMILION, drawn, looks, unit
+
+def _some(table: pd.DataFrame, what: str) -> pd.DataFrame:
+    if table.empty:
+        raise ValueError(f"plot: no {what} to draw; the table is empty.")
+    return table
+
+
+def _legend(fig, handles=None):
+    """Beside the axes, never over the data."""
+    handles = handles or fig.axes[0].get_legend_handles_labels()[0]
+    fig.legend(handles=handles, loc="outside right upper")
+
+
+# --------------------------------------------------------------------------------------------------- curves
+
+@drawn
+def losses(curves: pd.DataFrame, y: str = "val_loss", x: str = "step", title: str = "") -> Figure:
+    """A line per arm: the mean over seeds with its interval, every seed as a thin line.  x: step, epoch or seconds.
+
+    The vertical axis spans the runs; of two seeds, an interval may well reach beyond it.
+    """
+    fig, ax = plt.subplots(figsize=(7.6, 4))
+    for arm, look in looks(_some(curves, "curves")["arm"]).items():
+        runs = curves[curves["arm"] == arm]
+        for _, run in runs.groupby("run"):
+            ax.plot(run[x], run[y], color=look["color"], linewidth=0.6, alpha=0.45)
+        rows = [(float(g[x].mean()), *mean(g[y])) for _, g in runs.groupby("epoch")]
+        middle = pd.DataFrame(rows, columns=["x", "y", "low", "high", "n"]).astype(float)
+        n = runs["run"].nunique()
+        ax.plot(middle["x"], middle["y"], color=look["color"], linestyle=look["linestyle"],
+                label=f"{arm} ({n} seed{'s' * (n > 1)})")
+        ax.fill_between(middle["x"], middle["low"], middle["high"], color=look["color"], alpha=0.15, linewidth=0)
+    low, high = curves[y].min(), curves[y].max()
+    ax.set_ylim(low - 0.06 * (high - low or 1), high + 0.06 * (high - low or 1))
+    ax.set(xlabel=unit(x), ylabel=unit(y), title=title)
+    _legend(fig)
+    return fig
+
+
+def align(steps: pd.DataFrame, resizes: pd.DataFrame, column: str = "loss", before: int = 20,
+          after: int = 60) -> pd.DataFrame:
+    """A column of the step lines around every step at which a rank changed, less its mean over the `before` steps.
+
+    Returns arm, run, event, offset, value; offset 0 is the last step with the old ranks.  An event without a step line
+    before it is left out, and so is what lies beyond the next event.
+    """
+    parts = []
+    for run, lines in steps.groupby("run", sort=False):
+        events = sorted(resizes.loc[resizes["run"] == run, "step"].unique())
+        for event, following in zip(events, [*events[1:], np.inf]):
+            near = lines[lines["step"].between(event - before, min(event + after, following))]
+            past = near.loc[near["step"] <= event, column]
+            if len(past):
+                parts.append(pd.DataFrame({"arm": near["arm"], "run": run, "event": event, "offset": near["step"] - event,
+                                           "value": near[column] - past.mean()}))
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["arm", "run", "event", "offset", "value"])
+
+
+@drawn
+def aligned(steps: pd.DataFrame, resizes: pd.DataFrame, columns: Sequence[str] = ("loss", "grad_norm"), before: int = 20,
+            after: int = 60, title: str = "") -> Figure:
+    """What a resize does: columns of the step lines around it, as the change from just before.
+
+    Events are averaged within a run first; line and band are then mean and interval over runs.
+    """
+    fig, axes = plt.subplots(1, len(columns), figsize=(4.2 * len(columns) + 1.4, 3.6), squeeze=False)
+    for ax, column in zip(axes[0], columns):
+        table = _some(align(steps, resizes, column, before, after), "resizes with step lines around them")
+        for arm, look in looks(table["arm"]).items():
+            per_run = table[table["arm"] == arm].groupby(["offset", "run"])["value"].mean()
+            rows = [(offset, *mean(g)) for offset, g in per_run.groupby(level="offset")]
+            line = pd.DataFrame(rows, columns=["x", "y", "low", "high", "n"]).astype(float)
+            ax.plot(line["x"], line["y"], color=look["color"], linestyle=look["linestyle"], label=arm)
+            ax.fill_between(line["x"], line["low"], line["high"], color=look["color"], alpha=0.15, linewidth=0)
+        ax.axvline(0, color=GREY, linewidth=1, linestyle=":")
+        ax.axhline(0, color=GREY, linewidth=1)
+        ax.set(xlabel="since the resize (optimizer steps)", ylabel="change of " + unit(column))
+    fig.suptitle(title, x=0.01, ha="left", fontsize=11)
+    _legend(fig)
+    return fig
+
+
+# ---------------------------------------------------------------------------------------------------- ranks
+
+def _one_run(ranks: pd.DataFrame) -> pd.DataFrame:
+    if _some(ranks, "ranks")["run"].nunique() != 1:
+        raise ValueError(f"plot: ranks of {ranks['run'].nunique()} runs; pick one, e.g. runs.of(arm='v10', seed=0).ranks.")
+    return ranks
+
+
+@drawn
+def rank_paths(ranks: pd.DataFrame, title: str = "") -> Figure:
+    """The rank of every layer of one run over its epochs, coloured by role; the mean of each role is the thick line."""
+    fig, ax = plt.subplots(figsize=(7.6, 4))
+    look = looks(_one_run(ranks)["role"])
+    for role in dict.fromkeys(ranks["role"]):
+        of_role, colour = ranks[ranks["role"] == role], look[role]["color"]
+        for _, layer in of_role.groupby("layer"):
+            ax.plot(layer["epoch"], layer["rank"], color=colour, linewidth=0.7, alpha=0.5)
+        middle = of_role.groupby("epoch")["rank"].mean()
+        ax.plot(middle.index, middle, color=colour, linestyle=look[role]["linestyle"], linewidth=2.4, label=role)
+    ax.set(xlabel=unit("epoch"), ylabel=unit("rank"), title=title)
+    ax.set_ylim(bottom=0)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _legend(fig)
+    return fig
+
+
+@drawn
+def rank_map(ranks: pd.DataFrame, title: str = "") -> Figure:
+    """The rank of every layer of one run over its epochs as a heat map, layers in module order from the top."""
+    layers = list(dict.fromkeys(_one_run(ranks)["layer"]))
+    grid = ranks.pivot(index="layer", columns="epoch", values="rank").loc[layers]               # layers x epochs
+    fig, ax = plt.subplots(figsize=(7.6, 1.4 + 0.19 * max(len(layers), 6)))
+    edges = [grid.columns[0] - 0.5, grid.columns[-1] + 0.5]
+    image = ax.imshow(grid, aspect="auto", cmap="cividis", interpolation="nearest",
+                      extent=(*edges, len(layers) - 0.5, -0.5), vmin=0)
+    ax.set_yticks(range(len(layers)), [name.removeprefix("blocks.") for name in layers], fontsize=8)
+    ax.set(xlabel=unit("epoch"), ylabel="layer (block.part)", title=title)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.grid(False)
+    fig.colorbar(image, ax=ax, label=unit("rank"))
+    return fig
+
+
+@drawn
+def rank_roles(ranks: pd.DataFrame, title: str = "") -> Figure:
+    """Final ranks by role (q, k, v, o, up, down) and arm: every seed's mean as a dot, the mean over seeds with its bar."""
+    last = ranks[ranks["epoch"] == _some(ranks, "ranks").groupby("run")["epoch"].transform("max")]
+    roles, look = list(dict.fromkeys(last["role"])), looks(last["arm"])
+    fig, ax = plt.subplots(figsize=(7.6, 3.8))
+    for i, (arm, style) in enumerate(look.items()):
+        shift = (i - (len(look) - 1) / 2) * 0.8 / max(len(look), 4)
+        for x, role in enumerate(roles):
+            seeds = last[(last["arm"] == arm) & (last["role"] == role)].groupby("run")["rank"].mean()
+            if len(seeds):
+                m = mean(seeds)
+                ax.plot([x + shift] * len(seeds), seeds, ".", color=style["color"], markersize=4, alpha=0.45)
+                ax.errorbar(x + shift, m.value, _bar(m), color=style["color"], marker=style["marker"], markersize=6, capsize=3,
+                            linestyle="none", label=arm if x == 0 else None)
+    ax.set_xticks(range(len(roles)), roles)
+    ax.set(xlabel="layer (role in the block)", ylabel="final " + unit("rank"), title=title)
+    ax.set_ylim(bottom=0)
+    ax.grid(axis="x", visible=False)
+    _legend(fig)
+    return fig
+
+
+@drawn
+def spectrum(values: Mapping[str, Sequence[float]], estimates: Mapping[str, float], title: str = "") -> Figure:
+    """Singular values, falling, of one or more matrices (name -> values), and what estimators read from them (name -> rank).
+
+    Each matrix is scaled by its largest value; zeros have no place on the logarithmic axis and are left out.
+    """
+    fig, ax = plt.subplots(figsize=(7.6, 3.8))
+    for (name, s), style in zip(values.items(), looks(values).values()):
+        s = np.sort(np.asarray(s, dtype=float))[::-1]                                           # (r,)
+        if not len(s) or s[0] <= 0:
+            raise ValueError(f"plot: the spectrum of {name!r} has no value above 0.")
+        ax.plot(np.arange(1, len(s) + 1)[s > 0], s[s > 0] / s[0], color=INK if len(values) == 1 else style["color"],
+                marker=".", markersize=4, linewidth=1.2, label=name)
+    for i, (name, k) in enumerate(estimates.items()):
+        ax.axvline(k, color=[BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY][i % 6], linestyle=DASHES[1 + i % 3], linewidth=1.6,
+                   label=f"{name}: {k:.1f}")
+    ax.set(xlabel="singular value (index, largest first)", ylabel="size (share of the largest)", title=title, yscale="log")
+    _legend(fig)
+    return fig
+
+
+# ------------------------------------------------------------------------------------------------ trade-offs
+
+def front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Indices of the points that no other beats: none is as low in one coordinate and lower in the other; by first."""
+    best, out = np.inf, []
+    for i in sorted(range(len(points)), key=lambda i: points[i]):
+        if points[i][1] < best:
+            best, out = points[i][1], [*out, i]
+    return out
+
+
+@drawn
+def pareto(ends: pd.DataFrame, x: str = "params_blocks", y: str = "val_loss", title: str = "") -> Figure:
+    """What a loss costs: one mark per arm (means over seeds, bars are intervals), and the front of those nobody beats.
+
+    x: params_blocks, flops or seconds, on a logarithmic axis.  Lower is better on both.
+    """
+    fig, ax = plt.subplots(figsize=(7.6, 4.4))
+    look, means = looks(_some(ends, "finished runs")["arm"]), []
+    for arm, style in look.items():
+        mx, my = (mean(ends.loc[ends["arm"] == arm, c]) for c in (x, y))
+        means.append((mx.value, my.value))
+        ax.errorbar(mx.value, my.value, _bar(my), _bar(mx), color=style["color"], marker=style["marker"], markersize=7, capsize=3,
+                    linestyle="none", elinewidth=1, label=f"{arm} ({mx.n} seed{'s' * (mx.n > 1)})")
+    if not np.isfinite(means).all():
+        raise ValueError(f"plot: {x} or {y} is missing for {[a for a, m in zip(look, means) if not np.isfinite(m).all()]}.")
+    best = [means[i] for i in front(means)]
+    ax.step(*zip(*best), where="post", color=GREY, linestyle="--", linewidth=1, label="front", zorder=0)
+    ax.set(xlabel=unit(x), ylabel=unit(y), title=title, xscale="log")
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.xaxis.set_major_formatter(LogFormatterSciNotation(labelOnlyBase=False, minor_thresholds=(9, 9)))
+    ax.xaxis.set_minor_formatter(NullFormatter())
+    _legend(fig)
+    return fig
+
+
+def _bar(m):
+    """The two lengths of an error bar, or none."""
+    return None if m.low is None else [[m.value - m.low], [m.high - m.value]]
+
+
+# ---------------------------------------------------------------------------------------------------- claims
+
+@drawn
+def forest(claims: Mapping[str, dict], title: str = "") -> Figure:
+    """The entries of claims.json: value, interval, what the rule allows (shaded, to its threshold), verdict by name.
+
+    One panel per unit.  A claim without records keeps its row.
+    """
+    if not claims:
+        raise ValueError("plot: no claims to draw.")
+    panels = {u: [(k, c) for k, c in claims.items() if c["unit"] == u] for u in dict.fromkeys(c["unit"] for c in claims.values())}
+    text = {k: textwrap.fill(c["text"], 46) for k, c in claims.items()}
+    heights = [sum(0.35 + 0.16 * text[k].count("\n") + 0.12 for k, _ in rows) + 0.5 for rows in panels.values()]
+    fig, axes = plt.subplots(len(panels), 1, figsize=(9.6, sum(heights) + 0.4), squeeze=False, height_ratios=heights)
+    for ax, (name, rows) in zip(axes[:, 0], panels.items()):
+        limits = [(bounds(k, c["rule"], c["threshold"])[:2] if c["rule"] else ()) for k, c in rows]
+        seen = [v for (_, c), ends in zip(rows, limits) for v in (c["value"], c["low"], c["high"], *ends)
+                if v is not None and np.isfinite(v)] or [0.0]
+        pad = 0.12 * (max(seen) - min(seen)) or 0.1 * abs(seen[0]) or 1.0
+        left, right = min(seen) - pad, max(seen) + pad
+        for y, ((key, c), ends) in enumerate(zip(rows, limits)):
+            colour, tint = VERDICTS[c["verdict"]]
+            if ends:
+                a, b = max(ends[0], left), min(ends[1], right)
+                ax.fill_betweenx([y - 0.36, y + 0.36], a, b, color="#efefef", linewidth=0, zorder=0)
+                ax.vlines([e for e in ends if np.isfinite(e)], y - 0.36, y + 0.36, color=INK, linewidth=1.4)
+            if c["value"] is not None:
+                bar = None if c["low"] is None else [[c["value"] - c["low"]], [c["high"] - c["value"]]]
+                ax.errorbar(c["value"], y, xerr=bar, color=colour, marker="o", markersize=7, capsize=4,
+                            markerfacecolor=colour if c["verdict"] in ("supported", "not supported") else "white")
+            value = "" if c["value"] is None else f"{phrase(c)}\n"
+            ax.text(1.02, y, f"{value}{c['verdict']}", color=colour, va="center", weight="bold", fontsize=9,
+                    transform=ax.get_yaxis_transform())
+        ax.set_yticks(range(len(rows)), [text[k] for k, _ in rows], fontsize=9)
+        ax.set(xlim=(left, right), ylim=(len(rows) - 0.4, -0.6), xlabel=f"mean, or difference of means ({name})")
+        ax.grid(axis="y", visible=False)
+    allowed = Line2D([], [], color="#d8d8d8", linewidth=8, label="what the rule allows")
+    fig.legend(handles=[allowed, Line2D([], [], color=INK, marker="o", label="value, 95 % interval")], ncols=2,
+               loc="outside lower right", fontsize=9)
+    fig.suptitle(title, x=0.01, ha="left", fontsize=11)
+    return fig

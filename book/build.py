@@ -1,0 +1,239 @@
+"""Build the book from the notebooks that `notebooks.py run` has run: python book/build.py html | pdf [--profile cpu].
+
+Everything a page needs is copied to _build/src first (staged), flat, as Jupyter Book likes it: the pages of book/, the
+run notebooks in notebooks/, data/. The table of contents loses what is not there yet. Warnings are errors. At last
+every page is searched for what it would fetch from a network, because the book has to be complete without one.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from html.parser import HTMLParser
+from pathlib import Path
+
+import nbformat
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+BUILD = ROOT / "_build"
+SRC = BUILD / "src"
+
+# attributes of a tag that make a browser fetch something by itself; a link that a reader clicks is not among them
+FETCHED = {
+    "script": ["src"], "img": ["src", "srcset"], "source": ["src", "srcset"], "iframe": ["src"], "embed": ["src"],
+    "video": ["src", "poster"], "audio": ["src"], "object": ["data"], "input": ["src"],
+    "image": ["href", "xlink:href"], "use": ["href", "xlink:href"],
+}
+LINKS = {"stylesheet", "preload", "modulepreload", "prefetch", "preconnect", "dns-prefetch", "icon", "manifest"}
+AFAR = r"(?:https?:)?//"
+REMOTE = re.compile(rf"\s*{AFAR}", re.IGNORECASE)
+REMOTE_CSS = re.compile(rf"(?:url\(\s*['\"]?|@import\s+['\"])\s*{AFAR}[^'\")\s]+", re.IGNORECASE)
+REMOTE_JS = re.compile(rf"['\"`]\s*{AFAR}[^'\"`\s]+\.(?:m?js|css|wasm|woff2?)\b[^'\"`]*", re.IGNORECASE)
+THEBE = re.compile(r"\s*<script[^>]*>(?:const THEBE_JS_URL[^<]*)?</script>")
+
+
+# ---------------------------------------------------------------- stage
+
+def present(toc: dict, there) -> dict:
+    """The table of contents without the files that are not there(file); a page that goes takes its sections along."""
+    kept = {key: value for key, value in toc.items() if key not in ("chapters", "sections", "parts")}
+    for key in ("chapters", "sections", "parts"):
+        entries = [present(entry, there) for entry in toc.get(key, []) if "file" not in entry or there(entry["file"])]
+        entries = [entry for entry in entries if "file" in entry or entry.get("chapters")]
+        if entries:
+            kept[key] = entries
+    return kept
+
+
+def childless(toc: dict) -> list[str]:
+    """Pages of a table of contents that have no pages below them."""
+    below = [entry for key in ("parts", "chapters", "sections") for entry in toc.get(key, [])]
+    own = [toc["file"]] if "file" in toc and not toc.get("sections") else []
+    return own + [page for entry in below for page in childless(entry)]
+
+
+def repository() -> str | None:
+    """Web address of the repository, for the buttons: $BOOK_REPOSITORY, else git's origin if it is on the web."""
+    asked = os.environ.get("BOOK_REPOSITORY")
+    if asked:
+        return asked.removesuffix("/")
+    try:
+        git = subprocess.run(["git", "remote", "get-url", "origin"], cwd=ROOT, capture_output=True, text=True)
+    except FileNotFoundError:                                    # no git, as in an unpacked archive
+        return None
+    web = r"(?:https://|(?:ssh://)?git@)(github\.com|gitlab\.com)[:/](.+?)(?:\.git)?/?"
+    match = re.fullmatch(web, git.stdout.strip())
+    return f"https://{match[1]}/{match[2]}" if match else None
+
+
+def configuration() -> dict:
+    """book/_config.yml with the repository's address; without one, without the buttons that need it."""
+    config = yaml.safe_load((ROOT / "book" / "_config.yml").read_text(encoding="utf8"))
+    url = repository()
+    if url:
+        config["repository"]["url"] = url
+    else:
+        del config["repository"], config["launch_buttons"], config["html"]["use_repository_button"]
+    return config
+
+
+def stage(profile: str) -> None:
+    """Fill _build/src anew."""
+    shutil.rmtree(SRC, ignore_errors=True)
+    tools = shutil.ignore_patterns("__pycache__", "build.py", "notebooks.py", "env.sh")
+    shutil.copytree(ROOT / "book", SRC, ignore=tools)
+    if (ROOT / "data").is_dir():
+        shutil.copytree(ROOT / "data", SRC / "data", ignore=shutil.ignore_patterns("cache"))
+    (SRC / "notebooks").mkdir()
+    run = BUILD / "run" / (profile or "committed")
+    for notebook in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        if not (run / notebook.name).exists():
+            raise SystemExit(f"{notebook.name} has not been run: python book/notebooks.py run, or make book, does it.")
+        nb = nbformat.read(run / notebook.name, as_version=4)
+        for cell in nb.cells:
+            if "injected-parameters" in cell.metadata.get("tags", []):
+                cell.metadata.tags.append("remove-cell")         # papermill's own cell
+        nbformat.write(nb, SRC / "notebooks" / notebook.name)
+    toc = yaml.safe_load((ROOT / "book" / "_toc.yml").read_text(encoding="utf8"))
+    toc = present(toc, lambda file: any((SRC / f"{file}{suffix}").exists() for suffix in (".md", ".ipynb", "")))
+    for page in childless(toc):
+        path = SRC / f"{page}.md"
+        if path.exists():                                        # a list of no pages would be a warning
+            text = path.read_text(encoding="utf8")
+            path.write_text(text.replace("```{tableofcontents}\n```\n", ""), encoding="utf8")
+    (SRC / "_toc.yml").write_text(yaml.safe_dump(toc, sort_keys=False), encoding="utf8")
+    (SRC / "_config.yml").write_text(yaml.safe_dump(configuration(), sort_keys=False), encoding="utf8")
+
+
+def jupyter_book(builder: str) -> Path:
+    """Build the staged pages with a builder -> the folder with the result. Any warning ends it."""
+    folder = BUILD / builder
+    shutil.rmtree(folder, ignore_errors=True)
+    command = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()", "build", str(SRC),
+               "--path-output", str(ROOT), "--builder", builder, "-W", "--keep-going", "-n", "--all", "-q"]
+    result = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)       # warnings come on stderr
+    if result.returncode:
+        raise SystemExit(f"{result.stdout}\nThe book was not built; warnings count as errors. Its sources: _build/src.")
+    for path in folder.glob("**/*.html"):
+        path.write_text(without_thebe(path.read_text(encoding="utf8")), encoding="utf8")
+    return folder
+
+
+def without_thebe(page: str) -> str:
+    """A page without the scripts of sphinx-thebe, which Jupyter Book always loads and which name a server."""
+    return THEBE.sub(lambda match: "" if "thebe" in match[0].lower() else match[0], page)
+
+
+# ---------------------------------------------------------------- complete without a network
+
+class Assets(HTMLParser):
+    """Collects what a browser would fetch for a page by itself: .urls, and the text of its styles and scripts."""
+
+    def __init__(self, page: str):
+        super().__init__(convert_charrefs=True)
+        self.urls, self.css, self.js, self.inside = [], [], [], None
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        attrs = {name: value or "" for name, value in attrs}
+        self.inside = tag if tag in ("style", "script") else None
+        self.css.append(attrs.get("style", ""))
+        if tag == "link" and LINKS & set(attrs.get("rel", "").lower().split()):
+            self.urls.append(attrs.get("href", ""))
+        for name in FETCHED.get(tag, []):
+            if name in attrs:
+                many = attrs[name].split(",") if name == "srcset" else [attrs[name]]
+                self.urls += [part.split()[0] for part in many if part.split()]
+
+    def handle_data(self, data):
+        if self.inside:
+            (self.css if self.inside == "style" else self.js).append(data)
+
+    def handle_endtag(self, tag):
+        self.inside = None
+
+
+def fetched_from_afar(page: str) -> list[str]:
+    """Addresses that a page (its HTML) would fetch from a network."""
+    assets = Assets(page)
+    return ([url for url in assets.urls if REMOTE.match(url)]
+            + [match[0] for text in assets.css for match in REMOTE_CSS.finditer(text)]
+            + [match[0] for text in assets.js for match in REMOTE_JS.finditer(text)])
+
+
+def missing(page: str, folder: Path) -> list[str]:
+    """Local files that a page below `folder` would load and that are not there."""
+    local = [url for url in Assets(page).urls if url and not REMOTE.match(url) and not url.startswith(("data:", "#"))]
+    return [url for url in local if not (folder / url.split("#")[0].split("?")[0]).exists()]
+
+
+def complete(folder: Path) -> None:
+    """Stop unless every page in a built book needs nothing but the files beside it."""
+    complaints = []
+    for path in sorted(set(folder.rglob("*.html")) - set(folder.rglob("_static/*.html"))):       # those are templates
+        page = path.read_text(encoding="utf8")
+        complaints += [f"{path.relative_to(folder)} fetches {url}" for url in fetched_from_afar(page)]
+        complaints += [f"{path.relative_to(folder)} misses {url}" for url in missing(page, path.parent)]
+    for path in sorted(folder.rglob("*.css")):
+        style = path.read_text(encoding="utf8")
+        complaints += [f"{path.relative_to(folder)} fetches {match[0]}" for match in REMOTE_CSS.finditer(style)]
+    if complaints:
+        raise SystemExit("The book is not complete without a network:\n" + "\n".join(complaints))
+
+
+# ---------------------------------------------------------------- the two results
+
+def html(profile: str) -> None:
+    """_build/html, and say which file to open."""
+    stage(profile)
+    folder = jupyter_book("html")
+    complete(folder)
+    print(f"\nThe book is built. Open this file in a browser:\n\n    {folder / 'index.html'}\n")
+
+
+def browser() -> str:
+    """A Chromium or Chrome to print with: $CHROME, or the first one found."""
+    names = ["chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "microsoft-edge",
+             "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",
+             "/Applications/Chromium.app/Contents/MacOS/Chromium"]
+    for name in [os.environ.get("CHROME", ""), *names]:
+        found = shutil.which(name) if name else None
+        if found:
+            return found
+    raise SystemExit("No Chromium or Chrome to print with. Install one (Debian, Ubuntu: sudo apt install chromium)\n"
+                     "or name yours: make pdf CHROME=/path/to/chrome. The HTML book needs none: make book")
+
+
+def pdf(profile: str) -> None:
+    """All pages as one, printed to _build/alr.pdf by a headless browser; no LaTeX."""
+    chrome = browser()
+    stage(profile)
+    page = jupyter_book("singlehtml") / "index.html"
+    target = BUILD / "alr.pdf"
+    target.unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory() as profile_folder:
+        command = [chrome, "--headless", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+                   "--disable-component-update", "--disable-sync", f"--user-data-dir={profile_folder}",
+                   "--no-pdf-header-footer", "--virtual-time-budget=60000", f"--print-to-pdf={target}", page.as_uri()]
+        if hasattr(os, "geteuid") and os.geteuid() == 0:
+            command.insert(1, "--no-sandbox")                    # Chromium refuses to start as root with its sandbox
+        result = subprocess.run(command, capture_output=True, text=True)
+    if not target.exists():
+        raise SystemExit(f"{chrome} printed no PDF; it said:\n{result.stderr}")
+    print(f"\nThe book as a PDF:\n\n    {target}\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("builder", choices=["html", "pdf"])
+    parser.add_argument("--profile", default="", help="build from _build/run/PROFILE")
+    args = parser.parse_args()
+    {"html": html, "pdf": pdf}[args.builder](args.profile)
+
+
+if __name__ == "__main__":
+    main()

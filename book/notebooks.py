@@ -1,0 +1,197 @@
+"""Run, check and refresh the notebooks: python book/notebooks.py run | check | refresh [NAME ...] [--profile cpu].
+
+run      papermill into _build/run/PROFILE/. A notebook whose output is newer than the notebook, alr/, the recorded runs
+         and the pins is skipped, so a second call goes on where the first was cut off. notebooks/ stays as it is.
+check    nbval on notebooks/ as committed, one pytest run a notebook. What passed is remembered until all have passed.
+refresh  papermill in place; then what differs between two equal runs is taken out: refreshing twice gives no diff.
+
+All three run a notebook with notebooks/ as its working folder, as JupyterLab does.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import papermill
+from nbclient.exceptions import DeadKernelError
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = ROOT / "notebooks"
+BUILD = ROOT / "_build"
+
+KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
+
+
+def find(names: list[str]) -> list[Path]:
+    """All notebooks in the order of their names, or those named: '10_v10', '10_v10.ipynb', 'notebooks/10_v10.ipynb'."""
+    there = sorted(NOTEBOOKS.glob("*.ipynb"))
+    if not names:
+        return there
+    stems = {Path(name).name.removesuffix(".ipynb") for name in names}
+    unknown = stems - {path.stem for path in there}
+    if unknown:
+        raise SystemExit(f"no notebook {', '.join(sorted(unknown))}; there are {', '.join(p.stem for p in there)}.")
+    return [path for path in there if path.stem in stems]
+
+
+def run_folder(profile: str) -> Path:
+    """Where the run of a profile lies; '' is the notebooks' own default, the committed one."""
+    return BUILD / "run" / (profile or "committed")
+
+
+def newest_input(notebook: Path) -> float:
+    """Time of the last change to anything a notebook's output depends on: itself, alr/, the records, the pins."""
+    inputs = [notebook, ROOT / "constraints.txt", ROOT / "data" / "claims.json"]
+    inputs += (ROOT / "alr").rglob("*.py")
+    inputs += (ROOT / "data" / "runs").rglob("*.jsonl")
+    return max(path.stat().st_mtime for path in inputs if path.exists())
+
+
+def execute(notebook: Path, output: Path, parameters: dict) -> None:
+    """Run a notebook to `output`; when a cell fails, what ran so far is left beside it as NAME.failed.ipynb."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = output.with_suffix(".partial.ipynb")
+    started = time.time()
+    try:
+        papermill.execute_notebook(notebook, partial, parameters, kernel_name="python3", language="python",
+                                   cwd=NOTEBOOKS, progress_bar=False, extra_arguments=["--log-level=ERROR"])
+    except papermill.PapermillExecutionError:
+        partial.replace(output.with_suffix(".failed.ipynb"))
+        raise
+    os.utime(partial, (started, started))        # a file changed while the notebook ran counts as newer
+    partial.replace(output)
+    output.with_suffix(".failed.ipynb").unlink(missing_ok=True)
+
+
+def each(notebooks: list[Path], verb: str, work) -> None:
+    """Call work(notebook) on all and say how long each took; go on after a failure, but end with exit code 1."""
+    failed = []
+    for i, notebook in enumerate(notebooks, start=1):
+        started = time.monotonic()
+        at = f"[{i}/{len(notebooks)}]"
+        print(f"{at} {verb} notebooks/{notebook.name} ...", flush=True)
+        try:
+            done = work(notebook)
+        except (papermill.PapermillExecutionError, DeadKernelError) as error:
+            print(error, flush=True)
+            done = False
+        print(f"{at} {'done' if done else 'FAILED'} after {time.monotonic() - started:.0f} s", flush=True)
+        if not done:
+            failed.append(notebook.name)
+    if failed:
+        raise SystemExit(f"{len(failed)} of {len(notebooks)} notebooks failed: {', '.join(failed)}. "
+                         "The same command repeats only what has not passed.")
+
+
+def run(notebooks: list[Path], profile: str) -> None:
+    """Every notebook by papermill, at a profile, into its run folder."""
+    folder = run_folder(profile)
+
+    def fresh(notebook):
+        output = folder / notebook.name
+        return output.exists() and output.stat().st_mtime >= newest_input(notebook)
+
+    def work(notebook):
+        execute(notebook, folder / notebook.name, {"profile": profile} if profile else {})
+        return True
+
+    todo = [notebook for notebook in notebooks if not fresh(notebook)]
+    if len(todo) < len(notebooks):
+        print(f"{len(notebooks) - len(todo)} of {len(notebooks)} notebooks are up to date in _build/run/{folder.name}")
+    each(todo, "running", work)
+
+
+def check(notebooks: list[Path]) -> None:
+    """nbval: every cell runs again in a fresh kernel; those tagged nbval-check-output must print the same."""
+    folder = BUILD / "check"
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def passed(notebook):
+        stamp = folder / f"{notebook.stem}.passed"
+        return stamp.exists() and stamp.stat().st_mtime >= newest_input(notebook)
+
+    def work(notebook):
+        started = time.time()
+        options = ["--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout=300"]
+        done = subprocess.run([sys.executable, "-m", "pytest", *options, str(notebook)]).returncode == 0
+        if done:
+            stamp = folder / f"{notebook.stem}.passed"
+            stamp.touch()
+            os.utime(stamp, (started, started))
+        return done
+
+    todo = [notebook for notebook in notebooks if not passed(notebook)]
+    if len(todo) < len(notebooks):
+        print(f"{len(notebooks) - len(todo)} of {len(notebooks)} notebooks passed before the last check was cut off")
+    each(todo, "checking", work)
+    for notebook in notebooks:                   # all have passed: the next check begins anew
+        (folder / f"{notebook.stem}.passed").unlink(missing_ok=True)
+    print(f"{len(notebooks)} notebooks run as committed")
+
+
+def clean(nb: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """Take out, in place, what differs between two equal runs: times, papermill's notes, versions, cuts in a stream."""
+    nb.metadata.pop("papermill", None)
+    nb.metadata["kernelspec"] = dict(KERNEL)
+    nb.metadata["language_info"] = {"name": "python"}
+    for cell in nb.cells:
+        for key in ("papermill", "execution", "ExecuteTime"):
+            cell.metadata.pop(key, None)
+        if not cell.metadata.get("tags", True):
+            del cell.metadata["tags"]
+        if cell.cell_type == "code":
+            cell.outputs = merge_streams(cell.outputs)
+    return nb
+
+
+def merge_streams(outputs: list) -> list:
+    """Neighbouring pieces of stdout (or stderr) as one: where a kernel cuts them depends on its timing."""
+    merged = []
+    for output in outputs:
+        if merged and output.output_type == "stream" == merged[-1].output_type and output.name == merged[-1].name:
+            merged[-1].text += output.text
+        else:
+            merged.append(output)
+    return merged
+
+
+def refresh(notebooks: list[Path]) -> None:
+    """Run in place, without parameters; a notebook that fails stays as it was."""
+
+    def work(notebook):
+        output = BUILD / "refresh" / notebook.name
+        execute(notebook, output, {})
+        nb = clean(nbformat.read(output, as_version=4))
+        nbformat.write(nb, output)
+        output.replace(notebook)
+        return True
+
+    each(notebooks, "refreshing", work)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", choices=["run", "check", "refresh"])
+    parser.add_argument("names", nargs="*", metavar="NAME", help="notebooks, by name; all of them if none is given")
+    parser.add_argument("--profile", default="", help="for run: cpu or full; default: as committed")
+    args = parser.parse_args()
+
+    os.environ["TQDM_DISABLE"] = "1"                           # a progress bar has no place on a page
+    os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"                # kernel python3 is this Python
+    os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"         # or the debugger complains of frozen modules
+    os.chdir(ROOT)
+    notebooks = find(args.names)
+    if not notebooks:
+        print("notebooks/ holds no notebook yet")
+    elif args.action == "run":
+        run(notebooks, args.profile)
+    else:
+        {"check": check, "refresh": refresh}[args.action](notebooks)
+
+
+if __name__ == "__main__":
+    main()
