@@ -11,4 +11,12 @@ from .adapt import RankAdapter, Recipe, Resize
 from .linear import LowRankLinear, densify_, factorize_, low_rank_layers
 
 __version__ = "0.1.0"
-__all__ = ["LowRankLinear", "RankAdapter", "Recipe", "Resize", "densify_", "factorize_", "low_rank_layers", "recipes"]
+__all__ = ["LowRankLinear", "RankAdapter", "Recipe", "Resize", "densify_", "factorize_", "low_rank_layers", "recipes",
+           "runs"]
+
+
+def __getattr__(name):
+    if name == "runs":                  # on first use: reading records needs pandas, training does not
+        from .records import runs
+        return runs
+    raise AttributeError(f"module 'alr' has no attribute {name!r}")

@@ -1,7 +1,8 @@
 """Forward and backward written by hand: script v6's, which never forms W, and v7.3's, which does.
 
 Dims: m out_features, n in_features, r rank.  x (..., n), U (m, r), V (r, n), bias (m,) or None, y (..., m).
-A recipe names them on its `op` axis: `op(x, U, V, bias) -> y`, in place of `linear.factored`.
+A recipe names them on its `op` axis: `op(x, U, V, bias) -> y`, in place of `linear.factored`.  Backward works in the
+dtype of dL/dy, which autocast makes narrower than the factors, and returns gradients in theirs.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ class _Own(Function):
         return F.linear(h, U, bias)                                 # (..., m)
 
     @staticmethod
-    @once_differentiable                                            # h is kept as a number: a second derivative would be wrong
+    @once_differentiable                # h is kept as a number, so a second derivative would be wrong
     def backward(ctx, g):
         x, h, U, V = ctx.saved_tensors
         need_x, need_U, need_V, need_b = ctx.needs_input_grad
-        g2, x2, h2 = rows(g), rows(x).to(g.dtype), rows(h).to(g.dtype)      # (N, m), (N, n), (N, r); one dtype (autocast)
+        g2, x2, h2 = rows(g), rows(x).to(g.dtype), rows(h).to(g.dtype)      # (N, m), (N, n), (N, r)
         dU = (g2.mT @ h2).to(U.dtype) if need_U else None           # (m, r)
         db = g2.sum(0).to(U.dtype) if need_b else None              # (m,)
         dx = dV = None
@@ -86,7 +87,11 @@ def saved_bytes(f: Callable[[], Tensor]) -> int:
 
 @dataclass(frozen=True)
 class OwnBackward:
-    """Script v6: backward by hand from x and h = x V^T; W is never formed.  The same gradients as autograd's."""
+    """Script v6: backward by hand from x and h = x V^T; W is never formed.
+
+    The same gradients as autograd's for `linear.factored`, from the same saved tensors: it saves against forming W, but
+    no memory against autograd, which never formed W either.
+    """
 
     def __call__(self, x: Tensor, U: Tensor, V: Tensor, bias: Tensor | None) -> Tensor:
         return _Own.apply(x, U, V, bias)                            # (..., m)

@@ -7,7 +7,6 @@ holds the old pair or the new one.  Both files load without running code: safete
 from __future__ import annotations
 
 import os
-import pickle
 from pathlib import Path
 
 import torch
@@ -44,8 +43,8 @@ def load(folder: str | Path) -> dict:
         raise FileNotFoundError(f"no checkpoint in {folder} ({STATE} is not there); leave out --resume to start anew.")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} cannot be read ({str(error).splitlines()[0]}); start anew in another folder.") from None
+    except Exception as error:                          # torch raises whatever the broken bytes made it do
+        raise ValueError(f"{path} cannot be read ({type(error).__name__}); start anew in another folder.") from error
 
 
 def load_weights(folder: str | Path, state: dict, model: nn.Module) -> None:

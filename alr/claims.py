@@ -25,7 +25,7 @@ from .stats import Interval, compare, mean
 
 REGISTRY = ROOT / "data" / "claims.json"
 VERDICTS = {                            # word -> (colour, tint): Okabe and Ito's; never colour without the word
-    "supported": ("#00734f", "#d5efe5"), "not supported": ("#b34700", "#fbe3d3"), "undecided": ("#005a8f", "#d6eaf6"),
+    "supported": ("#00734f", "#d5efe5"), "not supported": ("#a63f00", "#fbe3d3"), "undecided": ("#005a8f", "#d6eaf6"),
     "figure": ("#444444", "#ececec"), "not recorded": ("#666666", "#f5f5f5"),
 }
 
@@ -196,8 +196,8 @@ def at(revision: str, path: str | Path = REGISTRY) -> dict[str, dict]:
     path = Path(path)
     shown = subprocess.run(["git", "show", f"{revision}:./{path.name}"], cwd=path.parent, capture_output=True)
     if shown.returncode:
-        raise ClaimError(f"no {path.name} at {revision!r}: git says {shown.stderr.decode().strip()!r}. Wanted a tag or a "
-                         "commit.")
+        raise ClaimError(f"no {path.name} at {revision!r}: git says {shown.stderr.decode().strip()!r}. Wanted a tag or "
+                         "a commit.")
     return json.loads(shown.stdout.decode())
 
 

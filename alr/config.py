@@ -60,8 +60,11 @@ class Config:
     threads: int | None = None          # CPU threads; torch's choice if not said
     log_every: int = 50                 # optimizer steps between `step` lines of the log
     eval_tokens: int | None = None      # validation tokens per epoch; the whole split if not said, and always at the end
+    test: bool = True                   # --no-test: leave the test split alone at the end, as the sweeps do
 
     def __post_init__(self):
+        if self.data_file is not None and self.corpus != "pydoc":
+            raise ValueError(f"data_file {self.data_file} and corpus {self.corpus} are both given; leave one out.")
         for name in ("epochs", "steps_per_epoch", "batch_size", "block_size", "log_every", "init_rank", "min_rank",
                      "threads", "eval_tokens"):
             value = getattr(self, name)

@@ -42,6 +42,23 @@ class Hold:
 
 
 @dataclass(frozen=True)
+class Schedule:
+    """The same ranks at the same steps whatever is estimated, so that two runs differ in something else alone.
+
+    path: (step, rank) pairs, steps rising; every layer has the rank of the last step that has come, its cap permitting.
+    """
+
+    path: tuple[tuple[int, int], ...]
+
+    def init(self, ranks):
+        return []
+
+    def step(self, ranks, targets, memory, signal):
+        due = [rank for step, rank in self.path if step <= signal.step]
+        return ([min(due[-1], cap) for cap in signal.caps] if due else list(ranks)), memory
+
+
+@dataclass(frozen=True)
 class Bidirectional:
     """Script v10: a safety factor, an exponential moving average, a dead band, a step limit; each layer on its own.
 

@@ -1,7 +1,7 @@
 """The controllers of scripts v3 to v9, as they were.  Plain numbers: no torch in this file.
 
 Each quirk has a flag or a number beside it that takes it away.  r rank now, t target (what the estimate suggests),
-e smoothed target, v velocity.  All of them clamp to [min_rank, cap]; the scripts' [min, 512] is the same on their layers.
+e smoothed target, v velocity.  All of them clamp to [min_rank, cap]; on the scripts' layers that is their [min, 512].
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Ramp:
     """Scripts v5.1, v6, v7.1: s = a r + (1 - a) t, then r += ramp (s - r), rounded.
 
     The missing memory: s starts anew from the rank each time, so this is no moving average.  The whole rule is
-    r += ramp (1 - a) (t - r), which rounds to no move while |t - r| < 0.5 / (ramp (1 - a)): a gap under 5 with a = 0.8 and
-    ramp 0.5, under 8.3 with 0.85 and 0.4, waits for ever.  The repair, remember=True: s = a s + (1 - a) t.
+    r += ramp (1 - a) (t - r), which rounds to no move while |t - r| < 0.5 / (ramp (1 - a)): a gap under 5 with a = 0.8
+    and ramp 0.5, under 8.3 with 0.85 and 0.4, waits for ever.  The repair, remember=True: s = a s + (1 - a) t.
     """
 
     a: float = 0.8                      # script v5.1: fc2

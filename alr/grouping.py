@@ -3,13 +3,13 @@
 Dims: m rows (neurons), n columns.  G (m, n) gradient of a weight, labels (m,) int64, 0 to groups - 1 in the order in
 which the groups were started.  Pure functions first, then the frozen value that a recipe names on its `gradient` axis.
 
-The grouping rule: go through the rows in some order; a row that has no group yet starts one, and takes with it every row
-without a group whose cosine similarity to it is at least the threshold.  Only the starter counts: two members may differ.
+The grouping rule: go through the rows in some order; a row that has no group yet starts one, and takes with it every
+other such row whose cosine similarity to it is at least the threshold.  Only the starter counts: members may differ.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
@@ -59,6 +59,8 @@ def groups(S: Tensor, order: Tensor, threshold: float) -> Tensor:
     Fineman & Shun 2012), since an open row's fate hangs on earlier open rows alone; for a random order they need
     O(log^2 m) passes.  (m, m), (m,) -> (m,).
     """
+    if S.device.type == "mps":                                      # has no integer scatter by minimum
+        return groups(S.cpu(), order.cpu(), threshold).to(S.device)
     order = order.to(S.device)
     place = torch.empty_like(order)                                 # (m,)
     place[order] = torch.arange(len(S), device=S.device)
@@ -128,8 +130,8 @@ class Grouping:
     """Replace each row of a dense weight's gradient by its group's mean, before the optimizer sees it: v1, v2.
 
     mode "baseline": never.  "grouped": at `threshold`.  "coarse-to-fine": at the threshold of the first of `stages`
-    (until, threshold) that is not over, and not at all after the last; `until` counts optimizer steps, or, as a fraction
-    below 1, the run's total.  Only every `every`-th batch, from the first.  `order` of the starters: "random" or "norm".
+    (until, threshold) that is not over, and not at all after the last; `until` counts optimizer steps, or is a fraction
+    of the run, below 1.  Only every `every`-th batch, from the first.  `order` of the starters: "random" or "norm".
     """
 
     mode: str = "grouped"
@@ -137,18 +139,19 @@ class Grouping:
     stages: tuple[tuple[float, float], ...] = ((938, 0.7), (1876, 0.85))    # script v1: 2 epochs of 469 steps each
     order: str = "random"
     every: int = 1
-    where: tuple[str, ...] = ("fc2", "*.mlp.up")                    # script v1: fc2; in a GPT `up`, the like of it (ours)
+    where: tuple[str, ...] = ("fc2", "*.mlp.up")                # script v1: fc2; a GPT's `up` is the like of it (ours)
     seed: int = 0                                                   # of the random order
 
     def __post_init__(self):
         for field, known in (("mode", ("baseline", "grouped", "coarse-to-fine")), ("order", ("random", "norm"))):
-            if getattr(self, field) not in known:
-                raise ValueError(f"Grouping: {field} {getattr(self, field)!r}; it is one of {', '.join(map(repr, known))}.")
+            value = getattr(self, field)
+            if value not in known:
+                raise ValueError(f"Grouping: {field} {value!r}; it is one of {', '.join(map(repr, known))}.")
 
     def paced(self, factor: float) -> "Grouping":
-        """The same on a clock with `factor` times as many steps per epoch.  Fractions, and `every`, stay (v2: batches)."""
-        stages = tuple((until if until < 1 else round(until * factor), t) for until, t in self.stages)
-        return Grouping(self.mode, self.threshold, stages, self.order, self.every, self.where, self.seed)
+        """The same on a clock with `factor` times as many steps per epoch.  Fractions stay, and so does `every`."""
+        return replace(self, stages=tuple((until if until < 1 else max(1, round(until * factor)), t)
+                                          for until, t in self.stages))
 
     def threshold_at(self, step: int, total: int | None = None) -> float | None:
         """The threshold after `step` optimizer steps; None where gradients are left alone."""
@@ -158,8 +161,8 @@ class Grouping:
             return self.threshold
         for until, threshold in self.stages:
             if until < 1 and total is None:
-                raise ValueError(f"Grouping: stage ({until}, {threshold}) ends at a fraction of the run, whose length is "
-                                 "not known; give RankAdapter total_steps, or the stage a number of steps.")
+                raise ValueError(f"Grouping: stage ({until}, {threshold}) ends at a fraction of the run, whose length "
+                                 "is not known; give RankAdapter total_steps, or the stage a number of steps.")
             if step < (until * total if until < 1 else until):
                 return threshold
         return None
@@ -187,8 +190,9 @@ class Grouping:
                     continue
                 labels = self.labels(G, threshold, adapter.steps)   # (m,)
                 mean = group_mean(G, labels)                        # (m, n)
-                adapter.grouped[name] = Grouped(adapter.steps, threshold, number_of_groups(labels), largest_group(labels),
-                                                mean.norm().item() / max(G.norm().item(), 1e-30))
+                kept = mean.norm().item() / max(G.norm().item(), 1e-30)
+                adapter.grouped[name] = Grouped(adapter.steps, threshold, number_of_groups(labels),
+                                                largest_group(labels), kept)
                 G.copy_(mean)
 
         for optimizer in adapter.optimizers:

@@ -90,7 +90,7 @@ def provenance() -> dict:
     for path in sorted(PACKAGE.glob("*.py")):
         source.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return {"commit": commit, "dirty": dirty, "source": source.hexdigest()[:16], "alr": alr.__version__,
-            "torch": torch.__version__, "python": sys.version.split()[0]}
+            "torch": str(torch.__version__), "python": sys.version.split()[0]}
 
 
 def _git(*args: str) -> str | None:

@@ -108,7 +108,10 @@ class Loop:
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * rate
         x, y = self.workers.share(x), self.workers.share(y)                         # (B, T), (B, T)
-        run.model.zero_grad(set_to_none=True)           # of the model, not the optimizer: Stale's holds other tensors
+        for optimizer in run.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        if run.adapter.stale:                           # parameters that no optimizer holds
+            run.model.zero_grad(set_to_none=True)
         with autocast(run.device, run.dtype):
             loss = F.cross_entropy(self.net(x).flatten(0, 1), y.flatten())
         loss.backward()
@@ -201,7 +204,7 @@ class Loop:
         run, limit = self.run, self.run.config.eval_tokens
         self.lap("other")
         val = run.val_loss if limit is None or limit >= len(self.valid) - 1 else self.nats(self.valid)
-        test = self.nats(self.test) if len(self.test) > 1 else None
+        test = self.nats(self.test) if run.config.test and len(self.test) > 1 else None
         self.lap("evaluation")
         return val, test
 

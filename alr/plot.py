@@ -1,10 +1,11 @@
-"""Figures from records: tables of `alr.records` in, matplotlib figures out.  No torch, so they can be redrawn long after.
+"""Figures from records: tables of `alr.records` in, matplotlib figures out.  No torch: they can be redrawn long after.
 
     r = alr.runs("evolution")
     losses(r.curves), pareto(r.ends), rank_map(r.of(arm="v10", seed=0).ranks), forest(claims.read())
 
 A figure is a white card with dark ink, the same in light and dark pages (`alr.style`); an arm or a role has the same
-colour in all of them, and every axis names its unit.  Bands and bars are 95 % t intervals over seeds (`alr.stats`); one seed has none.
+colour in all of them, and every axis names its unit.  Bands and bars are 95 % t intervals over seeds (`alr.stats`); one
+seed has none.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import LogFormatterSciNotation, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
 
 from .claims import VERDICTS, phrase
 from .register import bounds
@@ -44,6 +45,7 @@ def losses(curves: pd.DataFrame, y: str = "val_loss", x: str = "step", title: st
 
     The vertical axis spans the runs; of two seeds, an interval may well reach beyond it.
     """
+    labels = {"xlabel": unit(x), "ylabel": unit(y)}
     fig, ax = plt.subplots(figsize=(7.6, 4))
     for arm, look in looks(_some(curves, "curves")["arm"]).items():
         runs = curves[curves["arm"] == arm]
@@ -57,7 +59,7 @@ def losses(curves: pd.DataFrame, y: str = "val_loss", x: str = "step", title: st
         ax.fill_between(middle["x"], middle["low"], middle["high"], color=look["color"], alpha=0.15, linewidth=0)
     low, high = curves[y].min(), curves[y].max()
     ax.set_ylim(low - 0.06 * (high - low or 1), high + 0.06 * (high - low or 1))
-    ax.set(xlabel=unit(x), ylabel=unit(y), title=title)
+    ax.set(**labels, title=title)
     _legend(fig)
     return fig
 
@@ -69,21 +71,21 @@ def align(steps: pd.DataFrame, resizes: pd.DataFrame, column: str = "loss", befo
     Returns arm, run, event, offset, value; offset 0 is the last step with the old ranks.  An event without a step line
     before it is left out, and so is what lies beyond the next event.
     """
-    parts = []
+    parts = [pd.DataFrame(columns=["arm", "run", "event", "offset", "value"])]
     for run, lines in steps.groupby("run", sort=False):
         events = sorted(resizes.loc[resizes["run"] == run, "step"].unique())
         for event, following in zip(events, [*events[1:], np.inf]):
             near = lines[lines["step"].between(event - before, min(event + after, following))]
             past = near.loc[near["step"] <= event, column]
             if len(past):
-                parts.append(pd.DataFrame({"arm": near["arm"], "run": run, "event": event, "offset": near["step"] - event,
-                                           "value": near[column] - past.mean()}))
-    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["arm", "run", "event", "offset", "value"])
+                parts.append(pd.DataFrame({"arm": near["arm"], "run": run, "event": event,
+                                           "offset": near["step"] - event, "value": near[column] - past.mean()}))
+    return pd.concat(parts[1:] or parts, ignore_index=True)
 
 
 @drawn
-def aligned(steps: pd.DataFrame, resizes: pd.DataFrame, columns: Sequence[str] = ("loss", "grad_norm"), before: int = 20,
-            after: int = 60, title: str = "") -> Figure:
+def aligned(steps: pd.DataFrame, resizes: pd.DataFrame, columns: Sequence[str] = ("loss", "grad_norm"),
+            before: int = 20, after: int = 60, title: str = "") -> Figure:
     """What a resize does: columns of the step lines around it, as the change from just before.
 
     Events are averaged within a run first; line and band are then mean and interval over runs.
@@ -109,7 +111,7 @@ def aligned(steps: pd.DataFrame, resizes: pd.DataFrame, columns: Sequence[str] =
 
 def _one_run(ranks: pd.DataFrame) -> pd.DataFrame:
     if _some(ranks, "ranks")["run"].nunique() != 1:
-        raise ValueError(f"plot: ranks of {ranks['run'].nunique()} runs; pick one, e.g. runs.of(arm='v10', seed=0).ranks.")
+        raise ValueError(f"plot: ranks of {ranks['run'].nunique()} runs; pick one: runs.of(arm='v10', seed=0).ranks.")
     return ranks
 
 
@@ -139,7 +141,7 @@ def rank_map(ranks: pd.DataFrame, title: str = "") -> Figure:
     fig, ax = plt.subplots(figsize=(7.6, 1.4 + 0.19 * max(len(layers), 6)))
     edges = [grid.columns[0] - 0.5, grid.columns[-1] + 0.5]
     image = ax.imshow(grid, aspect="auto", cmap="cividis", interpolation="nearest",
-                      extent=(*edges, len(layers) - 0.5, -0.5), vmin=0)
+                      extent=(*edges, len(layers) - 0.5, -0.5))
     ax.set_yticks(range(len(layers)), [name.removeprefix("blocks.") for name in layers], fontsize=8)
     ax.set(xlabel=unit("epoch"), ylabel="layer (block.part)", title=title)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -150,7 +152,7 @@ def rank_map(ranks: pd.DataFrame, title: str = "") -> Figure:
 
 @drawn
 def rank_roles(ranks: pd.DataFrame, title: str = "") -> Figure:
-    """Final ranks by role (q, k, v, o, up, down) and arm: every seed's mean as a dot, the mean over seeds with its bar."""
+    """Final ranks by role (q, k, v, o, up, down) and arm: a dot per seed (mean of layers), their mean with its bar."""
     last = ranks[ranks["epoch"] == _some(ranks, "ranks").groupby("run")["epoch"].transform("max")]
     roles, look = list(dict.fromkeys(last["role"])), looks(last["arm"])
     fig, ax = plt.subplots(figsize=(7.6, 3.8))
@@ -161,8 +163,8 @@ def rank_roles(ranks: pd.DataFrame, title: str = "") -> Figure:
             if len(seeds):
                 m = mean(seeds)
                 ax.plot([x + shift] * len(seeds), seeds, ".", color=style["color"], markersize=4, alpha=0.45)
-                ax.errorbar(x + shift, m.value, _bar(m), color=style["color"], marker=style["marker"], markersize=6, capsize=3,
-                            linestyle="none", label=arm if x == 0 else None)
+                ax.errorbar(x + shift, m.value, _bar(m), color=style["color"], marker=style["marker"], markersize=6,
+                            capsize=3, elinewidth=1.2, linestyle="none", label=arm if x == 0 else None)
     ax.set_xticks(range(len(roles)), roles)
     ax.set(xlabel="layer (role in the block)", ylabel="final " + unit("rank"), title=title)
     ax.set_ylim(bottom=0)
@@ -173,7 +175,7 @@ def rank_roles(ranks: pd.DataFrame, title: str = "") -> Figure:
 
 @drawn
 def spectrum(values: Mapping[str, Sequence[float]], estimates: Mapping[str, float], title: str = "") -> Figure:
-    """Singular values, falling, of one or more matrices (name -> values), and what estimators read from them (name -> rank).
+    """Singular values, falling, of matrices (name -> values), and what estimators read from them (name -> rank).
 
     Each matrix is scaled by its largest value; zeros have no place on the logarithmic axis and are left out.
     """
@@ -185,9 +187,10 @@ def spectrum(values: Mapping[str, Sequence[float]], estimates: Mapping[str, floa
         ax.plot(np.arange(1, len(s) + 1)[s > 0], s[s > 0] / s[0], color=INK if len(values) == 1 else style["color"],
                 marker=".", markersize=4, linewidth=1.2, label=name)
     for i, (name, k) in enumerate(estimates.items()):
-        ax.axvline(k, color=[BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY][i % 6], linestyle=DASHES[1 + i % 3], linewidth=1.6,
-                   label=f"{name}: {k:.1f}")
-    ax.set(xlabel="singular value (index, largest first)", ylabel="size (share of the largest)", title=title, yscale="log")
+        ax.axvline(k, color=[BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY][i % 6], linestyle=DASHES[1 + i % 4],
+                   linewidth=1.6, label=f"{name}: {k:.1f}")
+    ax.set(xlabel="singular value (index, largest first)", ylabel="size (share of the largest)", title=title)
+    ax.set_yscale("log")
     _legend(fig)
     return fig
 
@@ -209,21 +212,26 @@ def pareto(ends: pd.DataFrame, x: str = "params_blocks", y: str = "val_loss", ti
 
     x: params_blocks, flops or seconds, on a logarithmic axis.  Lower is better on both.
     """
+    labels = {"xlabel": unit(x), "ylabel": unit(y)}
     fig, ax = plt.subplots(figsize=(7.6, 4.4))
     look, means = looks(_some(ends, "finished runs")["arm"]), []
     for arm, style in look.items():
         mx, my = (mean(ends.loc[ends["arm"] == arm, c]) for c in (x, y))
         means.append((mx.value, my.value))
-        ax.errorbar(mx.value, my.value, _bar(my), _bar(mx), color=style["color"], marker=style["marker"], markersize=7, capsize=3,
-                    linestyle="none", elinewidth=1, label=f"{arm} ({mx.n} seed{'s' * (mx.n > 1)})")
-    if not np.isfinite(means).all():
-        raise ValueError(f"plot: {x} or {y} is missing for {[a for a, m in zip(look, means) if not np.isfinite(m).all()]}.")
+        ax.errorbar(mx.value, my.value, _bar(my), _bar(mx), color=style["color"], marker=style["marker"], markersize=7,
+                    capsize=3, linestyle="none", elinewidth=1, label=f"{arm} ({mx.n} seed{'s' * (mx.n > 1)})")
+    lost = [arm for arm, point in zip(look, means) if not np.isfinite(point).all()]
+    if lost:
+        raise ValueError(f"plot: {x} or {y} is missing for {', '.join(lost)}.")
+    left, right = min(a for a, _ in means) / 1.4, max(a for a, _ in means) * 1.4
     best = [means[i] for i in front(means)]
-    ax.step(*zip(*best), where="post", color=GREY, linestyle="--", linewidth=1, label="front", zorder=0)
-    ax.set(xlabel=unit(x), ylabel=unit(y), title=title, xscale="log")
-    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    ax.xaxis.set_major_formatter(LogFormatterSciNotation(labelOnlyBase=False, minor_thresholds=(9, 9)))
-    ax.xaxis.set_minor_formatter(NullFormatter())
+    ax.step(*zip(*best, (right, best[-1][1])), where="post", color=GREY, linestyle="--", linewidth=1, label="front",
+            zorder=0)
+    ax.set(**labels, title=title, xscale="log", xlim=(left, right))
+    narrow = right / left < 8
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 6, 8) if narrow else (1, 2, 5), numticks=30))
+    ax.xaxis.set_major_formatter(EngFormatter(sep="\N{THIN SPACE}"))
+    ax.xaxis.set_minor_locator(NullLocator())
     _legend(fig)
     return fig
 
@@ -239,18 +247,23 @@ def _bar(m):
 def forest(claims: Mapping[str, dict], title: str = "") -> Figure:
     """The entries of claims.json: value, interval, what the rule allows (shaded, to its threshold), verdict by name.
 
-    One panel per unit.  A claim without records keeps its row.
+    One panel for means, differences or ratios of each unit.  A claim without records keeps its row.
     """
     if not claims:
         raise ValueError("plot: no claims to draw.")
-    panels = {u: [(k, c) for k, c in claims.items() if c["unit"] == u] for u in dict.fromkeys(c["unit"] for c in claims.values())}
+    panels: dict[str, list] = {}
+    for k, c in claims.items():
+        panels.setdefault(f"{c['kind']} ({c['unit']})", []).append((k, c))
     text = {k: textwrap.fill(c["text"], 46) for k, c in claims.items()}
     heights = [sum(0.35 + 0.16 * text[k].count("\n") + 0.12 for k, _ in rows) + 0.5 for rows in panels.values()]
     fig, axes = plt.subplots(len(panels), 1, figsize=(9.6, sum(heights) + 0.4), squeeze=False, height_ratios=heights)
     for ax, (name, rows) in zip(axes[:, 0], panels.items()):
         limits = [(bounds(k, c["rule"], c["threshold"])[:2] if c["rule"] else ()) for k, c in rows]
         seen = [v for (_, c), ends in zip(rows, limits) for v in (c["value"], c["low"], c["high"], *ends)
-                if v is not None and np.isfinite(v)] or [0.0]
+                if v is not None and np.isfinite(v)]
+        if not seen:
+            ax.set_xticks([])
+        seen = seen or [0.0]
         pad = 0.12 * (max(seen) - min(seen)) or 0.1 * abs(seen[0]) or 1.0
         left, right = min(seen) - pad, max(seen) + pad
         for y, ((key, c), ends) in enumerate(zip(rows, limits)):
@@ -267,7 +280,7 @@ def forest(claims: Mapping[str, dict], title: str = "") -> Figure:
             ax.text(1.02, y, f"{value}{c['verdict']}", color=colour, va="center", weight="bold", fontsize=9,
                     transform=ax.get_yaxis_transform())
         ax.set_yticks(range(len(rows)), [text[k] for k, _ in rows], fontsize=9)
-        ax.set(xlim=(left, right), ylim=(len(rows) - 0.4, -0.6), xlabel=f"mean, or difference of means ({name})")
+        ax.set(xlim=(left, right), ylim=(len(rows) - 0.4, -0.6), xlabel=name)
         ax.grid(axis="y", visible=False)
     allowed = Line2D([], [], color="#d8d8d8", linewidth=8, label="what the rule allows")
     fig.legend(handles=[allowed, Line2D([], [], color=INK, marker="o", label="value, 95 % interval")], ncols=2,

@@ -16,11 +16,12 @@ from .factor import check_rank
 def randomized_svd(W: Tensor, k: int, oversample: int = 8, power: int = 1) -> tuple[Tensor, Tensor, Tensor]:
     """The leading k singular triples of W, nearly (Halko, Martinsson & Tropp 2011, alg. 4.3 and 5.1).
 
-    (m, n) -> (m, k), (k,), (k, n).  Sketch Y = W Omega with a Gaussian Omega, `power` times Y = W (W^T Y), Q = qr(Y), SVD
-    of the small Q^T W.  O(m n l) for l = k + oversample: it pays where l is far below min(m, n).
-    Without power iteration the expected error is at most sqrt(1 + k / (oversample - 1)) of the best (their theorem 10.5).
-    With one it is within 1.1 of the best over the spectra of our tests, plus 2 eps^(1/3) ||W||_F: nothing is orthonormalised
-    between the passes, so W W^T W drowns what is below eps^(1/3) of the largest s, half a percent of it in float32.
+    (m, n) -> (m, k), (k,), (k, n).  Sketch Y = W Omega with a Gaussian Omega, `power` times Y = W (W^T Y), Q = qr(Y),
+    SVD of the small Q^T W.  O(m n l) for l = k + oversample: it pays where l is far below min(m, n).
+    Without power iteration the expected error is at most sqrt(1 + k / (oversample - 1)) of the best (their thm. 10.5).
+    With one it is within 1.1 of the best over the spectra of our tests, plus 2 eps^(1/3) ||W||_F: nothing is
+    orthonormalised between the passes, so W W^T W drowns what is below eps^(1/3) of the largest s, half a percent of
+    it in float32.
     Draws from torch's global generator.
     """
     m, n = W.shape

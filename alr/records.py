@@ -75,9 +75,9 @@ def check(lines: Sequence[str], where: str = "log", complete: bool = False, reco
         raise RecordError(f"{where}: line {kinds.index('end') + 1} is the `end`, but {len(kinds)} lines are there.")
     log, full, found = digest(lines[:-1]), record_digest(lines[:-1], parsed[-1]), parsed[-1].get("digest")
     if found not in (log, full):
-        raise RecordError(f"{where} was changed after it was written: its `end` line says digest {str(found)[:12]}, its "
-                          f"lines give {full[:12]} as a record ({log[:12]} as a log). Restore it (git checkout) or "
-                          "record it again.")
+        raise RecordError(f"{where} was changed after it was written: its `end` line says digest {str(found)[:12]}, "
+                          f"its lines give {full[:12]} as a record ({log[:12]} as a log). Restore it (git checkout) "
+                          "or record it again.")
     if record and found != full:
         raise RecordError(f"{where}: the digest leaves out the `end` line; this is a log, or its `end` was edited. "
                           "A record is a log that went through records.thin.")

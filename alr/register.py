@@ -46,7 +46,8 @@ def load(path: str | Path = REGISTER) -> dict[str, dict]:
         unknown, missing = claim.keys() - NEEDED - OPTIONAL, NEEDED - claim.keys()
         if unknown or missing:
             raise ClaimError(f"{path}, claim {key}: unknown {', '.join(sorted(unknown)) or 'nothing'}; missing "
-                             f"{', '.join(sorted(missing)) or 'nothing'}. Known: {', '.join(sorted(NEEDED | OPTIONAL))}.")
+                             f"{', '.join(sorted(missing)) or 'nothing'}. Known: "
+                             f"{', '.join(sorted(NEEDED | OPTIONAL))}.")
         arms = claim.get("arms")
         if ("single" in claim) == ("arms" in claim) or not (arms is None or isinstance(arms, list) and len(arms) == 2):
             raise ClaimError(f"{path}, claim {key}: wanted arms = [a, b] or single = a, one of them.")

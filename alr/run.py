@@ -16,6 +16,8 @@ from .config import Config
 from .control import each
 from .data import Corpus, corpus
 from .device import pick_device, pick_dtype, processor
+from .factor import check_rank
+from .linear import low_rank_layers
 from .log import Log, provenance
 from .model import GPT, MLPLM, GPTConfig, MLPConfig, block_linears, count_parameters
 from .workers import Workers
@@ -104,6 +106,8 @@ def prepare(config: Config, recipe: Recipe | None = None, workers: Workers | Non
     workers.start(device)
     torch.manual_seed(config.seed)
     model = adjusted.prepare(make_model(config, len(text.vocab)), block_linears)    # on the CPU: the same everywhere
+    for name, layer in low_rank_layers(model).items():
+        check_rank(config.init_rank or 1, layer.out_features, layer.in_features, "init_rank", name)
     if saved is not None:
         checkpoint.load_weights(config.out, saved, model)
     model.to(device)

@@ -86,7 +86,10 @@ class Transport:
     count, Adam's first step for them would be about three times its usual length.
 
     For Adam, AdamW, NAdam, RAdam, SGD with momentum, Muon; others are refused by name.
+    first=False: the first moment starts again from zero and only the second is carried (the experiment of chapter 12).
     """
+
+    first: bool = True
 
     def check(self, optimizers: Sequence[Optimizer]) -> None:
         """TypeError for an optimizer whose state this policy does not understand."""
@@ -105,10 +108,40 @@ class Transport:
             T_U, T_V = change_of_basis(U, V, U2, V2)                # (r, k), (k, r)
             for old, new, T, side in ((U, U2, T_U, "right"), (V, V2, T_V.mT, "left")):
                 optimizer, state = replace_parameter(optimizers, old, new)
+                if not state:
+                    continue
+                group = next(g for g in optimizer.param_groups if any(p is new for p in g["params"]))
+                wide = torch.promote_types(new.dtype, torch.float32)
+                moved = carry(state, old, T.to(new.device, wide), side, group.get("betas"))
+                if not self.first:
+                    moved |= {key: torch.zeros_like(M) for key, M in moved.items() if key in LINEAR and M is not None}
+                optimizer.state[new] = moved
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Cut the moments to the new shape, as if the basis had not turned (InRank's surgery); grown parts start at zero.
+
+    Kept to show it: after an SVD the new coordinates are not the first k of the old ones.
+    """
+
+    def check(self, optimizers: Sequence[Optimizer]) -> None:
+        Transport().check(optimizers)
+
+    @torch.no_grad()
+    def __call__(self, optimizers: Sequence[Optimizer], swaps: Sequence[Swap]) -> None:
+        for U, V, U2, V2 in swaps:
+            for old, new in ((U, U2), (V, V2)):
+                optimizer, state = replace_parameter(optimizers, old, new)
+                m, n = min(old.shape[0], new.shape[0]), min(old.shape[1], new.shape[1])
+                cut = {}
+                for key, M in state.items():
+                    cut[key] = M
+                    if isinstance(M, Tensor) and M.dim():
+                        cut[key] = M.new_zeros(new.shape)           # (m, k) or (k, n)
+                        cut[key][:m, :n] = M[:m, :n]
                 if state:
-                    group = next(g for g in optimizer.param_groups if any(p is new for p in g["params"]))
-                    optimizer.state[new] = carry(state, old, T.to(new.device, torch.promote_types(new.dtype, torch.float32)),
-                                                 side, group.get("betas"))
+                    optimizer.state[new] = cut
 
 
 def carry(state: dict, old: Tensor, T: Tensor, side: str, betas: tuple[float, float] | None) -> dict:

@@ -17,8 +17,9 @@ BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY = "#0072B2", "#D55E00", "#009E73", "
 INK, GREY = "#222222", "#8a8a8a"
 FIXED = {"dense": INK, "alr": BLUE, "v10": VERMILION, "uniform": GREEN,
          "q": BLUE, "k": SKY, "v": PURPLE, "o": VERMILION, "up": GREEN, "down": ORANGE}
-SPARE = [PURPLE, ORANGE, SKY, GREY, BLUE, VERMILION, GREEN]     # for all others; yellow is left out: unseen on white
-DASHES, MARKERS = ["-", "--", ":", "-."], "osD^vPX*"
+SPARE = [PURPLE, ORANGE, SKY, GREY]     # for all others, with another dash each time round; yellow is unseen on white
+DASHES = ["-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1))]
+MARKERS = "osD^v<>PX*hpd8H"
 STYLE = {
     "figure.facecolor": "white", "axes.facecolor": "white", "savefig.facecolor": "white", "figure.dpi": 120,
     "savefig.dpi": 150, "figure.constrained_layout.use": True, "font.family": "DejaVu Sans", "font.size": 10,
@@ -29,14 +30,14 @@ STYLE = {
 }
 UNITS = {
     "val_loss": "validation loss (nats per token)", "train_loss": "training loss (nats per token)",
-    "test_loss": "test loss (nats per token)", "loss": "loss of a batch (nats per token)", "lr": "learning rate (per step)",
+    "test_loss": "test loss (nats per token)", "loss": "batch loss (nats per token)", "lr": "learning rate (per step)",
     "val_bpb": "validation loss (bits per byte)", "test_bpb": "test loss (bits per byte)",
     "val_ppl": "validation perplexity (per token)", "test_ppl": "test perplexity (per token)",
     "step": "training (optimizer steps)", "epoch": "training (epochs)", "seconds": "training time (seconds)",
     "flops": "training cost (FLOPs)", "params_blocks": "size of the blocks (parameters)",
     "params_total": "size of the model (parameters)", "params_millions": "size of the model (million parameters)",
     "rank": "rank (directions)", "rank_avg": "mean rank (directions)", "rank_mean": "mean rank (directions)",
-    "grad_norm": "gradient norm (nats per unit)", "tokens_per_s": "speed (tokens per second)",
+    "grad_norm": "gradient norm (L2)", "tokens_per_s": "speed (tokens per second)",
     "peak_memory_mb": "peak memory (MB)",
 }
 
@@ -49,7 +50,7 @@ def unit(column: str) -> str:
 
 
 def looks(names: Sequence[str]) -> dict[str, dict]:
-    """Colour, dash and marker of every arm or role; well-known names keep theirs, the others share the rest in order."""
+    """Colour, dash and marker of every arm or role; known names keep their colour, the others take turns in order."""
     out, spare = {}, 0
     for i, name in enumerate(sorted(set(names), key=natural)):
         dash, colour = "-", FIXED.get(name)
@@ -61,7 +62,7 @@ def looks(names: Sequence[str]) -> dict[str, dict]:
 
 
 def drawn(function):
-    """The function under this file's style; its figure is closed, so that a notebook shows it once: as a cell's value."""
+    """The function in this file's style; its figure is closed, so that a notebook shows it once, as a cell's value."""
     @functools.wraps(function)
     def inner(*args, **kwargs) -> Figure:
         before = set(plt.get_fignums())

@@ -7,6 +7,10 @@
     corpus = "wikitext-2"
     lr = 1e-3
 
+    [thin]                                   # optional: which step lines a record keeps, see records.thin
+    every = 10
+    window = 0
+
     [tune]                                   # optional: try these on the tune seeds, keep the lowest final val_loss
     seeds = [100]
     grid = { lr = [1e-3, 2e-3, 4e-3] }
@@ -81,6 +85,7 @@ class Suite:
     base: dict
     arms: tuple[Arm, ...]
     tune: Tune | None = None
+    thin: dict = field(default_factory=dict)
 
     def config(self, arm: Arm, seed: int, **more) -> Config:
         return Config(**{**self.base, **arm.set, **more, "recipe": arm.name, "seed": seed})
@@ -170,7 +175,8 @@ def load(path: str | Path) -> Suite:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path}: {error}") from None
-    _known(raw, {"about", "seeds", "base", "tune", "arms"}, f"{path}")
+    _known(raw, {"about", "seeds", "base", "tune", "thin", "arms"}, f"{path}")
+    _known(raw.get("thin", {}), {"every", "window"}, f"{path}: [thin]")
     config_keys = {f.name for f in fields(Config)}
     _known(raw.get("base", {}), config_keys, f"{path}: [base]")
     if not raw.get("arms") or not raw.get("seeds"):
@@ -202,7 +208,8 @@ def load(path: str | Path) -> Suite:
         if len(raw["tune"]["grid"]) != 1:
             raise ValueError(f"{path}: [tune] grid names {len(raw['tune']['grid'])} fields; one is tuned at a time.")
         tune = Tune(**{k: tuple(v) if k == "seeds" else v for k, v in raw["tune"].items()})
-    return Suite(path.stem, raw.get("about", ""), tuple(raw["seeds"]), raw.get("base", {}), tuple(arms), tune)
+    return Suite(path.stem, raw.get("about", ""), tuple(raw["seeds"]), raw.get("base", {}), tuple(arms), tune,
+                 raw.get("thin", {}))
 
 
 def _known(given: dict, allowed: set[str], where: str) -> None:

@@ -54,7 +54,7 @@ def record(suite: Suite, job: Job, root: Path = ROOT, quiet: bool = True) -> Pat
         recipe = suite.recipe(job, root)
         train(replace(job.config, log_file=str(log)), recipe=recipe, quiet=quiet)
         small = Path(folder) / "record.jsonl"
-        small.write_text("\n".join(thin(log.read_text(encoding="utf-8").splitlines())) + "\n", encoding="utf-8")
+        small.write_text("\n".join(thin(log.read_text(encoding="utf-8").splitlines(), **suite.thin)) + "\n", encoding="utf-8")
         os.replace(small, path)
     return path
 
@@ -151,7 +151,7 @@ def verify(suite: Suite, root: Path = ROOT, seed: int | None = None, tolerance: 
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log.jsonl"
         train(replace(job.config, log_file=str(log)), recipe=suite.recipe(job, root))
-        new = [json.loads(line) for line in thin(log.read_text(encoding="utf-8").splitlines())]
+        new = [json.loads(line) for line in thin(log.read_text(encoding="utf-8").splitlines(), **suite.thin)]
     same = all(old[0].get(k) == new[0].get(k) for k in ("processor", "torch", "threads", "device"))
     if same:
         for a, b in zip(old, new, strict=True):

@@ -26,9 +26,9 @@ def log(arm="alr", seed=0, loss=4.5, epochs=6, per_epoch=20, log_every=2, blocks
         counts = {"blocks": 1000 + 10 * sum(ranks.values()), "embedding": 500, "head": 300}
         return counts | {"total": sum(counts.values())}
 
-    out = [{"kind": "run", "name": arm, "recipe": f"Recipe({arm!r})", "config": config, "seed": seed, "params": params(),
-            "commit": "0123456789abcdef", "dirty": False, "source": "beef", "alr": "0.1.0", "torch": "2.13.0",
-            "python": "3.11.7", "device": "cpu", "processor": "a CPU",
+    out = [{"kind": "run", "name": arm, "recipe": f"Recipe({arm!r})", "config": config, "seed": seed,
+            "params": params(), "commit": "0123456789abcdef", "dirty": False, "source": "beef", "alr": "0.1.0",
+            "torch": "2.13.0", "python": "3.11.7", "device": "cpu", "processor": "a CPU",
             "threads": 1, "corpus": {"name": "toy", "fingerprint": "f00d", "tokens": {"train": 1000}},
             "command": "python -m alr.train", "started": "2026-01-01T00:00:00"}]
     step = 0

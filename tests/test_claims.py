@@ -11,7 +11,7 @@ from synthetic import log, suite, write
 
 from alr import claims
 from alr.claims import ClaimError, changes, compute, condition, dumps, judge, load, main, phrase, table
-from alr.records import ROOT, runs
+from alr.records import ROOT, runs, verify_digest
 
 BETTER = [4.10, 4.32, 4.21, 4.05]               # 0.20 below WORSE at every seed, give or take 0.01
 WORSE = [4.31, 4.51, 4.41, 4.26]
@@ -110,7 +110,8 @@ def test_metrics_of_curves(tmp_path):
 
     def value(metric, arm="alr", **arguments):
         given = {"with": arguments} if arguments else {}
-        return one(tmp_path, arms=None, paired=None, single=arm, metric=metric, rule=None, threshold=None, **given)["value"]
+        given |= {"arms": None, "paired": None, "single": arm, "metric": metric, "rule": None, "threshold": None}
+        return one(tmp_path, **given)["value"]
 
     # alr at seed 0 ends its epochs at 5.5 5.2 4.9 4.6 4.3 4.0, at seed 1 a tenth above
     assert value("steps_to_loss", level=4.65) == (40 + 50) / 2 and value("seconds_to_loss", level=4.65) == (8 + 10) / 2
@@ -167,8 +168,8 @@ unit = "nats per token"
     ('rule = "<"\nthreshold = -0.03', 'rule = "<"', "a rule needs its threshold"), ('"<"', '"=<"', "wanted '<' or '>'"),
     ("threshold = -0.03", 'threshold = "small"', "with a number"), ("paired = true\n", "", "say paired = true"),
     ('arms = ["better", "worse"]', 'arms = ["better"]', "wanted arms"), ('single = "better"\n', "", "wanted arms"),
-    ('format = ".2f"', 'format = ".2q"', "fits no number"), ('format = ".2f"', 'interval = "z"', "wanted t or bootstrap"),
-    ('metric = "val_loss"', 'metrik = "x"', "unknown metrik; missing metric"), ("paired = true", "paired = yes", "claims.toml"),
+    ('format = ".2f"', 'format = ".2q"', "fits no number"), ('format = ".2f"', 'interval = "z"', "wanted t or boot"),
+    ('metric = "val_loss"', 'metrik = "x"', "unknown metrik; missing metric"), ("= true", "= yes", "claims.toml"),
     ("[better_than_worse]", "x = 1\n[better_than_worse]", "stands outside of an entry"),
     ('single = "better"', 'single = "better"\nratio = true', "neither paired nor a ratio")])
 def test_a_register_with_a_mistake_is_refused(tmp_path, old, new, words):
@@ -308,8 +309,10 @@ def test_every_val_in_the_book_is_in_the_register():
 
 
 def test_every_committed_record_is_what_was_written():
-    suites = sorted({p.parent for p in ROOT.glob("data/runs/*/*.jsonl")})
-    if not suites:
+    records = [p for p in ROOT.glob("data/runs/*/**/*.jsonl") if ".running-" not in str(p)]
+    if not records:
         pytest.skip("no suite is recorded yet")
-    for folder in suites:
-        assert len(runs(folder).ends)
+    for path in records:
+        assert verify_digest(path)
+    for folder in {p.parent for p in records}:
+        assert len(runs(folder).ends) == len(runs(folder).provenance) > 0

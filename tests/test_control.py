@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import alr.control
-from alr.control import Bidirectional, Hold, Signal
+from alr.control import Bidirectional, Hold, Schedule, Signal
 
 CAPS = Signal(caps=(512, 512))
 
@@ -69,3 +69,9 @@ def test_layers_do_not_know_each_other_and_hold_holds():
     assert Hold().step([3, 4], [100, 100], Hold().init([3, 4]), CAPS) == ([3, 4], [])
     with pytest.raises(ValueError):
         c.step([64, 20], [12.3], c.init([64, 20]), CAPS)
+
+
+def test_a_schedule_does_not_listen():
+    c = Schedule(path=((10, 60), (20, 30)))
+    at = [c.step([64, 64], [1.0, 500.0], [], Signal(caps=[512, 40], step=step))[0] for step in (9, 10, 19, 20, 99)]
+    assert at == [[64, 64], [60, 40], [60, 40], [30, 30], [30, 30]]

@@ -1,4 +1,4 @@
-"""Laws of `alr.grouping`: labels are a partition, averaging keeps the sum and projects, the fast way is the slow way."""
+"""Laws of `alr.grouping`: labels are a partition, averaging keeps the sum and projects, fast equals slow."""
 
 from dataclasses import replace
 
@@ -20,7 +20,7 @@ def rows(m, n, dims, seed):
 
 
 def built(sizes, n=64, noise=0.01, seed=0):
-    """Rows in len(sizes) groups of these sizes: orthogonal directions, lengths of their own, a little noise, shuffled."""
+    """Rows in groups of these sizes: orthogonal directions, lengths of their own, a little noise, shuffled."""
     g = torch.Generator().manual_seed(seed)
     member = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
     G = torch.eye(n)[member] * torch.rand(len(member), 1, generator=g).add(0.5)
@@ -116,7 +116,7 @@ def test_lengths_do_not_matter_but_dead_rows_stand_alone():
 
 
 def test_v2_lets_the_strongest_lead_and_v1_anyone():
-    """History: three directions 20 degrees apart at 0.9.  Led by the middle one they are one group, by an outer one two."""
+    """History: three rows 20 degrees apart, at 0.9: led by the middle one they are one group, by an outer one two."""
     angle = torch.tensor([-20.0, 0.0, 20.0]).deg2rad()
     G = torch.stack([angle.cos(), angle.sin()], dim=1)
     S = similarity(G)

@@ -15,7 +15,7 @@ from alr import RankAdapter, recipes
 from alr.model import GPT, MLPLM, GPTConfig, MLPConfig, block_linears
 
 EPOCH = 5                               # steps: every script's epochs, shortened to that
-STEPS = 30
+STEPS = 32                              # v9 decides at 21 and 31
 NAMES = list(recipes.ALL)
 ADAPTIVE = [name for name in NAMES if recipes.get(name).estimate is not None]
 STALE = recipes.FLAWS["stale"].of
@@ -122,7 +122,7 @@ def test_no_code_asks_for_a_version():
 
 @pytest.mark.parametrize("name, epochs", [("v3", [1, 470, 939]), ("v5.1", [470, 939]), ("v7.1", [601, 801]),
                                           ("v7.2", [2, 4, 6]), ("v7.4", [200, 400]), ("v7.5", [1200, 1800]),
-                                          ("v8", [300, 450]), ("v9", [200, 300]), ("v10", [200, 400])])
+                                          ("v8", [300, 450]), ("v9", [201, 301]), ("v10", [200, 400])])
 def test_decisions_come_when_the_scripts_took_them(name, epochs, monkeypatch):
     recipe = replace(recipes.get(name), where=("*",))
     model = recipe.prepare(torch.nn.Sequential(torch.nn.Linear(4, 4)))
@@ -180,7 +180,8 @@ def test_the_mlps_versions_train_on_a_gpt_too(name):
 def test_who_is_adapted():
     def layers(name, mlp):
         return list(alr.low_rank_layers(recipes.get(name).prepare(language_model(mlp), block_linears)))
-    assert layers("v3", True) == layers("v4", True) == ["fc2"] and layers("v5", True) == layers("v6", True) == ["fc1", "fc2"]
+    assert layers("v3", True) == layers("v4", True) == ["fc2"]
+    assert layers("v5", True) == layers("v6", True) == ["fc1", "fc2"]
     assert len(layers("v7.1", False)) == len(layers("v9", False)) == 12
     assert layers("v7", False) == layers("v1", True) == []
 
@@ -201,7 +202,7 @@ def test_a_repair_is_one_field_and_runs(flaw, version):
     recipe = recipes.parse(text)
     assert len(recipes.difference(recipes.get(version), recipe)) == 1
     recipe = replace(recipe.paced(EPOCH), warmup=0, every=EPOCH)
-    run = Run(recipe, on_mlp(version)).train(2 * EPOCH + 1)
+    run = Run(recipe, on_mlp(version)).train(EPOCH + 2)
     assert all(torch.isfinite(p).all() for p in run.model.parameters())
 
 
@@ -219,7 +220,7 @@ def moved_after_its_resize(recipe, mlp, steps=8):
 
 @pytest.mark.parametrize("name", STALE)
 def test_stale_freezes_what_it_resizes_and_transport_does_not(name):
-    """History: the optimizer goes on holding the old factors, so from its first change on a layer never learns again."""
+    """History: the optimizer goes on holding the old factors; from its first change on a layer never learns again."""
     recipe = recipes.get(name)
     if not hasattr(recipe.control, "max_step"):                     # so that every version changes something in 8 steps
         recipe = replace(recipe, control=recipes.v8.control)

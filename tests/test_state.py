@@ -7,7 +7,7 @@ from torch import nn
 
 from alr import LowRankLinear, RankAdapter, Recipe
 from alr.factor import SvdCore, SvdFull, change_of_basis
-from alr.state import Reset, Stale, Swap, Transport
+from alr.state import Reset, Slice, Stale, Swap, Transport
 
 close = torch.testing.assert_close
 
@@ -108,7 +108,8 @@ def test_grown_directions_start_with_a_mean_second_moment():
 
 
 @pytest.mark.parametrize("optimizer_name", ["adam", "adamw", "amsgrad", "sgd", "plain sgd", "nadam"])
-@pytest.mark.parametrize("state", [Transport(), Reset(everything=True), Reset(everything=False)])
+@pytest.mark.parametrize("state", [Transport(), Transport(first=False), Slice(), Reset(everything=True),
+                                   Reset(everything=False)])
 @pytest.mark.parametrize("k", [4, 8, 12])
 def test_after_a_resize_the_layer_still_trains(optimizer_name, state, k):
     model = one_layer()
@@ -172,3 +173,22 @@ def test_two_optimizers_share_a_model():
     train(model, b, 3)
     adapter.resize({"0": 5})
     assert b.param_groups[0]["params"][0] is model[0].U and b.state[model[0].U]["momentum_buffer"].shape == (24, 5)
+
+
+def test_slicing_is_not_transport_and_zeroing_zeroes_the_first_moment_alone():
+    torch.manual_seed(0)
+    U, V = torch.randn(24, 8, dtype=torch.double), torch.randn(8, 18, dtype=torch.double)
+    gradients = torch.randn(40, 24, 18, dtype=torch.double)
+    U2, V2 = SvdCore()(U, V, 5)
+    truth, tu, _ = gathered(U2, V2, gradients, torch.optim.Adam)
+    true = truth.state[tu]["exp_avg"].flatten()
+    got = {}
+    for policy in (Transport(), Slice(), Transport(first=False)):
+        optimizer, pu, pv = gathered(U, V, gradients, lambda p: torch.optim.Adam(p, lr=0.0))
+        new_u, new_v = nn.Parameter(U2), nn.Parameter(V2)
+        policy([optimizer], [Swap(pu, pv, new_u, new_v)])
+        got[policy] = optimizer.state[new_u]
+    cos = torch.nn.functional.cosine_similarity
+    assert abs(cos(got[Slice()]["exp_avg"].flatten(), true, 0)) < 0.5
+    assert (got[Transport(first=False)]["exp_avg"] == 0).all()
+    close(got[Transport(first=False)]["exp_avg_sq"], got[Transport()]["exp_avg_sq"])
