@@ -80,12 +80,12 @@ refresh: env ## run the notebooks in place and take out what differs from run to
 lab: env ## open the notebooks in JupyterLab (installed on the first call, pinned)
 	@$(PY) -c 'import jupyterlab' 2>/dev/null || \
 	    $(PY) -m pip install --disable-pip-version-check -c constraints.txt -e ".[lab]"
-	@$(PY) -m jupyterlab notebooks
+	@if [ "$$(id -u)" = 0 ]; then set -- --allow-root; else set --; fi; $(PY) -m jupyterlab "$$@" notebooks
 
 bench: env ## time the resizes, the rank checks and the layer against their references (pytest-benchmark)
 	@set -- tests/bench_*.py; \
 	if [ ! -f "$$1" ]; then echo "no tests/bench_*.py to run"; exit 1; fi; \
-	$(PY) -m pytest --benchmark-only --benchmark-disable-gc --benchmark-columns=min,median,stddev,rounds "$$@"
+	$(PY) -m pytest -o python_functions="bench_*" --benchmark-only --benchmark-columns=min,median,iqr,rounds "$$@"
 
 pdf: env ## the book as one PDF, printed by Chromium or Chrome
 	@$(PY) book/notebooks.py run --profile "$(PROFILE)"

@@ -46,16 +46,21 @@ class Schedule:
     """The same ranks at the same steps whatever is estimated, so that two runs differ in something else alone.
 
     path: (step, rank) pairs, steps rising; every layer has the rank of the last step that has come, its cap permitting.
+    A rank is one number for all layers, or {layer: rank}, in which a layer that is left out stays as it is.
     """
 
-    path: tuple[tuple[int, int], ...]
+    path: tuple[tuple[int, int | dict], ...]
 
     def init(self, ranks):
         return []
 
     def step(self, ranks, targets, memory, signal):
         due = [rank for step, rank in self.path if step <= signal.step]
-        return ([min(due[-1], cap) for cap in signal.caps] if due else list(ranks)), memory
+        if not due:
+            return list(ranks), memory
+        wanted = [due[-1].get(name, r) for name, r in zip(signal.names, ranks, strict=True)] \
+            if isinstance(due[-1], dict) else [due[-1]] * len(ranks)
+        return [min(k, cap) for k, cap in zip(wanted, signal.caps, strict=True)], memory
 
 
 @dataclass(frozen=True)

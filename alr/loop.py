@@ -5,12 +5,9 @@ Dims: B sequences, T tokens, C vocabulary size.
 
 from __future__ import annotations
 
-import contextlib
 import math
-import signal
-import threading
 import time
-from typing import Callable, Iterator
+from typing import Callable
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +19,7 @@ from .data import IGNORE, Batches, blocks
 from .device import autocast, peak_memory_mb
 from .model import count_parameters
 from .run import Run
+from .stop import Stop
 from .workers import Workers
 
 
@@ -60,7 +58,7 @@ class Loop:
     def __init__(self, run: Run, workers: Workers, callback: Callable[[Run], None] | None = None,
                  quiet: bool = False):
         self.run, self.workers, self.callback = run, workers, callback
-        self.between_steps = True                       # is the state one that a checkpoint can hold?
+        self.between_steps, self.agreed = True, workers.size == 1
         self.mark = time.perf_counter()
         workers.follow(run.adapter, run.device)
         self.net = workers.wrap(run.model)
@@ -70,13 +68,18 @@ class Loop:
                         **({"disable": True} if quiet or workers.rank else {}))
         self.logged = (run.step, run.seconds["work"])   # when the last `step` line was written
 
+    @property
+    def whole(self) -> bool:
+        """Is the state, now, one that a checkpoint can hold, and do all processes stand at the same step?"""
+        return self.between_steps and self.agreed
+
     def lap(self, kind: str) -> None:
         """Book the time since the last call."""
         now = time.perf_counter()
         self.run.seconds[kind] += now - self.mark
         self.mark = now
 
-    def go(self, stop: "Stop") -> None:
+    def go(self, stop: Stop) -> None:
         run, c = self.run, self.run.config
         batches = Batches(self.train, c.block_size, c.batch_size, c.seed)
         self.mark = time.perf_counter()
@@ -96,10 +99,21 @@ class Loop:
                 self.callback(run)
                 self.lap("other")
             self.bar.update()
-            stop.check()
+            if self.asked(stop):
+                self.agreed = True
+                raise KeyboardInterrupt
         with stop.now():
             losses = self.final()
         self.end(*losses)
+
+    def asked(self, stop: Stop) -> bool:
+        """Has somebody asked this run to stop?  Processes must agree, which they do where they wait for each other anyway."""
+        run, c = self.run, self.run.config
+        if self.workers.size == 1:
+            return stop.asked
+        if run.step % c.log_every and run.step % c.steps_per_epoch:
+            return False
+        return self.workers.total(torch.tensor(float(stop.asked), device=run.device)).item() > 0
 
     def step(self, x: Tensor, y: Tensor) -> None:
         run, c = self.run, self.run.config
@@ -195,6 +209,8 @@ class Loop:
         self.save()
 
     def save(self) -> None:
+        if self.workers.size > 1:
+            self.run.running = self.workers.total(self.run.running.clone()) / self.workers.size
         if self.workers.rank == 0:
             self.run.save()
         self.lap("other")
@@ -226,36 +242,3 @@ class Loop:
             tokens_per_s=round(c.steps * c.batch_size * c.block_size / work, 1), peak_memory_mb=peak_memory_mb(run.device),
             resumed=run.resumed)
         self.save()
-
-
-class Stop:
-    """Turns Ctrl-C and SIGTERM into a wish that the loop grants between two steps, when its state is whole."""
-
-    def __enter__(self):
-        self.asked = self.at_once = False
-        self.old = {}
-        if threading.current_thread() is threading.main_thread():
-            self.old = {s: signal.signal(s, self._heard) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_):
-        for s, handler in self.old.items():
-            signal.signal(s, handler)
-
-    def _heard(self, *_):
-        if self.asked or self.at_once:
-            raise KeyboardInterrupt
-        self.asked = True
-
-    def check(self) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-
-    @contextlib.contextmanager
-    def now(self) -> Iterator[None]:
-        """A context in which there is nothing to lose: one Ctrl-C is enough."""
-        self.at_once = True
-        try:
-            yield
-        finally:
-            self.at_once = False

@@ -50,9 +50,32 @@ def role_rank(run: Runs, suite: Runs, role: str) -> float:
     return float(last.loc[last["role"] == role, "rank"].mean())
 
 
+def role_gap(run: Runs, suite: Runs, role: str, other: str) -> float:
+    """How much more final rank the layers of one role have than those of another, on average."""
+    return role_rank(run, suite, role) - role_rank(run, suite, other)
+
+
+def shrink_after_drop(run: Runs, suite: Runs) -> float:
+    """By how much the mean rank still falls after the epoch in which the validation loss fell most.
+
+    Falls are from epoch end to epoch end, so the first epoch has none.  NaN for a run of one epoch, or a dense one.
+    """
+    curve = run.curves.sort_values("epoch")
+    falls = -curve["val_loss"].diff()
+    if falls.isna().all() or curve["rank_avg"].isna().any():
+        return math.nan
+    return float(curve.loc[falls.idxmax(), "rank_avg"] - curve["rank_avg"].iloc[-1])
+
+
+def lowest_of_suite(run: Runs, suite: Runs) -> float:
+    """The lowest validation loss of any epoch of any arm of the suite, at this run's seed."""
+    return float(suite.of(seed=run.curves["seed"].iloc[0]).curves["val_loss"].min())
+
+
 def growth_moves(run: Runs, suite: Runs) -> float:
     """How many resizes made a layer larger."""
     return float((run.resizes["new"] > run.resizes["old"]).sum())
 
 
-METRICS = {f.__name__: f for f in (steps_to_loss, seconds_to_loss, best_val_loss, val_loss_at, role_rank, growth_moves)}
+METRICS = {f.__name__: f for f in (steps_to_loss, seconds_to_loss, best_val_loss, val_loss_at, role_rank, role_gap,
+                                   shrink_after_drop, lowest_of_suite, growth_moves)}

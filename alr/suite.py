@@ -20,7 +20,7 @@
     name = "uniform"
     recipe = "uniform"                       # a name or an expression, see recipes.parse
     ranks_from = "alr"                       # optional: ranks that another arm ended with, at the same seed ...
-    ranks_how = "mean"                       # ... "same", "mean" (uniform, equal block parameters) or "permuted"
+    ranks_how = "mean"                       # ... "same", "mean" (uniform, equal block parameters), "permuted" or "cut"
     set = { lr = 2e-3 }                      # optional: fields of train.Config for this arm alone
     tune = false                             # optional: leave this arm out of the tuning
 """
@@ -35,10 +35,11 @@ from pathlib import Path
 
 from . import recipes
 from .adapt import Recipe
+from .control import Schedule
 from .train import Config
 
 ROOT = Path(__file__).resolve().parent.parent / "data"
-HOW = ("same", "mean", "permuted")
+HOW = ("same", "mean", "permuted", "cut")
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,11 @@ class Suite:
         if job.tuning:                                                  # the tuned arm borrows the first seed's ranks
             source = replace(source, config=replace(source.config, seed=self.seeds[0]))
         lines = source.path(root).read_text(encoding="utf-8").splitlines()
-        return replace(recipe, rank=borrowed(json.loads(lines[-1]), job.arm.ranks_how, job.config))
+        ranks = borrowed(json.loads(lines[-1]), job.arm.ranks_how, job.config)
+        if job.arm.ranks_how != "cut":
+            return replace(recipe, rank=ranks)
+        e = job.config.steps_per_epoch                                  # the first epoch's end after a third of the run
+        return replace(recipe, control=Schedule(path=((e * -(-job.config.epochs // 3), ranks),)), every=e, epoch=e)
 
 
 def borrowed(end: dict, how: str, config: Config) -> dict[str, int]:
@@ -140,9 +145,10 @@ def borrowed(end: dict, how: str, config: Config) -> dict[str, int]:
 
     "same": its final ranks.  "mean": one rank for all layers, the one whose block parameters come closest to its own.
     "permuted": its final ranks, shuffled by the seed among layers of one shape, so that the size stays exactly the same.
+    "cut": its final ranks as they are; `Suite.recipe` makes them one cut after a third of the run.
     """
     ranks, sizes = end["ranks"], {name: tuple(s) for name, s in end["shapes"].items()}
-    if how == "same":
+    if how in ("same", "cut"):
         return dict(ranks)
     if how == "mean":
         total = sum(r * sum(sizes[name]) for name, r in ranks.items())

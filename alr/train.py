@@ -14,8 +14,9 @@ import torch
 from . import recipes
 from .adapt import Recipe
 from .config import Config
-from .loop import Loop, Stop, evaluate
+from .loop import Loop, evaluate
 from .run import Run, ended, load, opening, prepare
+from .stop import Stop
 from .workers import Workers
 
 __all__ = ["Config", "Run", "evaluate", "load", "main", "train"]
@@ -41,10 +42,10 @@ def train(config: Config = Config(), recipe: Recipe | None = None, callback: Cal
         run.writer.write("run", **opening(run, config.recipe if recipe is not None else None))
     loop = Loop(run, workers, callback, quiet)
     try:
-        with Stop() as stop:
+        with Stop(patience=2.0 if workers.size > 1 else 0.0) as stop:
             loop.go(stop)
     except KeyboardInterrupt:
-        if loop.between_steps:
+        if loop.whole:
             loop.lap("work")
             loop.save()
         raise

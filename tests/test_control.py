@@ -75,3 +75,5 @@ def test_a_schedule_does_not_listen():
     c = Schedule(path=((10, 60), (20, 30)))
     at = [c.step([64, 64], [1.0, 500.0], [], Signal(caps=[512, 40], step=step))[0] for step in (9, 10, 19, 20, 99)]
     assert at == [[64, 64], [60, 40], [60, 40], [30, 30], [30, 30]]
+    named = Schedule(path=((10, {"a": 5}),)).step([64, 64], [1.0, 1.0], [], Signal(caps=[512, 512], step=10, names=["a", "b"]))
+    assert named == ([5, 64], [])

@@ -208,27 +208,31 @@ def test_cleaning_is_complete_and_changes_nothing_twice(notebooks):
 
 # ---------------------------------------------------------------- the book
 
-def listed(toc: dict) -> list[str]:
-    below = [page for key in ("parts", "chapters", "sections") for entry in toc.get(key, []) for page in listed(entry)]
-    return [toc[key] for key in ("root", "file") if key in toc] + below
-
-
 def toc() -> dict:
     return yaml.safe_load((ROOT / "book" / "_toc.yml").read_text(encoding="utf8"))
 
 
-def test_every_page_is_in_the_table_of_contents():
-    pages = [path.stem for path in (ROOT / "book").glob("*.md")] + [f"notebooks/{path.stem}" for path in NOTEBOOKS]
-    assert "intro" in pages and "references" in pages
-    assert not set(pages) - set(listed(toc())), "pages that no reader would find; add them to book/_toc.yml"
-    assert len(listed(toc())) == len(set(listed(toc())))
+def test_every_page_is_in_the_table_of_contents(build):
+    there = [path.stem for path in (ROOT / "book").glob("*.md")] + [f"notebooks/{path.stem}" for path in NOTEBOOKS]
+    planned = build.pages(toc())
+    assert "intro" in there and "references" in there
+    assert not set(there) - set(planned), "pages that no reader would find; add them to book/_toc.yml"
+    assert len(planned) == len(set(planned))
 
 
 def test_the_table_of_contents_loses_what_is_not_there(build):
     kept = build.present(toc(), lambda page: page in ("intro", "evolution", "notebooks/10_v10", "notebooks/16_alr"))
-    assert listed(kept) == ["intro", "evolution", "notebooks/10_v10"]       # 16_alr stands below a page that is gone
+    assert build.pages(kept) == ["intro", "evolution", "notebooks/10_v10"]       # 16_alr stands below a page that is gone
     assert build.present(toc(), lambda page: True) == toc()
     assert build.childless(kept) == ["notebooks/10_v10"]
+
+
+def test_links_to_chapters_that_are_not_there_become_words(build):
+    absent = {"notebooks/16_alr", "claims"}
+    text = "See [the method](16_alr.ipynb#top), [claims](../claims.md), {doc}`the method <16_alr>` and {doc}`16_alr`."
+    assert build.unlink(text, "notebooks/10_v10", absent) == "See the method, claims, the method and 16_alr."
+    kept = "[v9](09_v9.ipynb), [a](https://example.org/16_alr), {doc}`09_v9`, ![figure](16_alr.png), [typo](16_arl.ipynb)"
+    assert build.unlink(kept, "notebooks/10_v10", absent) == kept
 
 
 @pytest.mark.parametrize("line", [

@@ -138,7 +138,7 @@ def test_verify_repeats_a_record_and_notices_a_changed_one(make):
     (ARMS.replace('recipe = "uniform"', 'recipe = "unifrom"'), "arm 'held': recipe 'unifrom'"),
     (ARMS.replace("ranks_from", "rank_from"), "key 'rank_from' is not known; there are"),
     (ARMS.replace('ranks_from = "alr"', 'ranks_from = "alx"'), "takes ranks from 'alx'; arms are alr, held"),
-    (ARMS.replace("permuted", "shuffled"), "it is one of same, mean, permuted"),
+    (ARMS.replace("permuted", "shuffled"), "it is one of same, mean, permuted, cut"),
     (ARMS + 'set = { learning_rate = 1 }', "key 'learning_rate' is not known"),
     (ARMS.replace('name = "held"', 'name = "alr"'), "share a name"), ("", "at least one"),
     ("[[arms]\n", "toy.toml")])
@@ -169,3 +169,12 @@ def test_borrowed_ranks_keep_the_size():
     assert len(k) == 1 and abs(k.pop() * sum(map(sum, end["shapes"].values())) - total) <= 288
     seen = {tuple(borrowed(end, "permuted", Config(seed=s)).values()) for s in range(20)}
     assert seen == {(8, 20, 5), (20, 8, 5)}
+
+
+def test_one_cut_lands_on_the_borrowed_ranks(make):
+    suite, root = make(ARMS.replace('recipe = "uniform"', 'recipe = "replace(uniform, rank=16, estimate=StableRank())"')
+                       .replace("permuted", "cut"))
+    sweep.sweep(suite, root=root)
+    a, b = (lines(root / "runs" / "toy" / f"{arm}.seed0.jsonl") for arm in ("alr", "held"))
+    assert a[-1]["ranks"] == b[-1]["ranks"]
+    assert {line["step"] for line in b if line["kind"] == "resize"} == {6}

@@ -21,6 +21,7 @@ from alr.data import corpus
 from alr.model import GPT, GPTConfig, count_parameters
 from alr.records import check
 from alr.train import Config, Run, evaluate, load, main, train
+from alr.workers import Workers
 
 QUICK = 'replace({0}, every=50, cap="min", control=each({0}.control, safety=0.4, ema=0.0, max_step=1){1})'  # one less a step
 TIMES = {"seconds", "tokens_per_s", "time_sec", "peak_memory_mb", "digest", "started", "resumed"}
@@ -107,7 +108,10 @@ def test_how_much_is_validated_changes_no_training_step(small):
 
 def test_a_log_says_what_was_run_and_every_change(small, tmp_path):
     path = tmp_path / "deep" / "log.jsonl"
-    run = train(replace(small, epochs=3, log_file=str(path)), quiet=True)
+
+    def is_on_disk(run):
+        assert [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] == run.log
+    run = train(replace(small, epochs=3, log_file=str(path)), callback=is_on_disk, quiet=True)
     lines = path.read_text(encoding="utf-8").splitlines()
     assert check(lines, complete=True) == run.log == [json.loads(line) for line in lines]
     first, end = run.log[0], run.log[-1]
@@ -435,25 +439,48 @@ assert main([]) == 1
     assert "needs tyro" in done.stderr
 
 
-def worker(rank, port, config):
+def test_processes_share_a_batch():
+    batch, seen = torch.arange(12).view(6, 2), []                               # (B, T)
+    for rank in range(3):
+        workers = Workers()
+        workers.rank, workers.size = rank, 3
+        seen.append(workers.share(batch))
+    assert [len(x) for x in seen] == [2, 2, 2] and same(torch.cat(seen).sort(0).values, batch)
+
+
+def worker(rank, port, config, interrupt):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    train(config, quiet=True)
+
+    def callback(run):
+        if interrupt and rank == 1 and run.step == 4:
+            os.kill(os.getpid(), signal.SIGINT)         # one is told, both stop, at the same step
+    try:
+        train(config, callback=callback, quiet=True)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
-def test_two_processes_equal_one(small, tmp_path):
-    small = replace(small, recipe=QUICK.format("alr", ""), dropout=0.0, epochs=2, steps_per_epoch=6)
-    one = train(small, quiet=True)
+def two_processes(config, interrupt=False):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     # what torchrun does, without importing torch anew where the system can fork
     start = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    both = [start.Process(target=worker, args=(rank, port, replace(small, out=str(tmp_path)))) for rank in (0, 1)]
+    both = [start.Process(target=worker, args=(rank, port, config, interrupt)) for rank in (0, 1)]
     for process in both:
         process.start()
     for process in both:
         process.join(120)
-    assert [process.exitcode for process in both] == [0, 0]
+    return [process.exitcode for process in both]
+
+
+def test_two_processes_equal_one_and_stop_together(small, tmp_path):
+    small = replace(small, recipe=QUICK.format("alr", ""), dropout=0.0, epochs=2, steps_per_epoch=7)
+    one = train(small, quiet=True)
+    out = replace(small, out=str(tmp_path))
+    assert two_processes(out, interrupt=True) == [130, 130]
+    assert checkpoint.load(tmp_path)["step"] == 6       # the next step that is logged
+    assert two_processes(replace(out, resume=True)) == [0, 0]
     two = check((tmp_path / "log.jsonl").read_text(encoding="utf-8").splitlines(), complete=True)
     assert [x["kind"] for x in two] == [x["kind"] for x in one.log]
     for a, b in zip(one.log[1:], two[1:], strict=True):
