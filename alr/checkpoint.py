@@ -1,7 +1,7 @@
 """Checkpoints: a folder with the weights (safetensors) and all else that a run needs to go on (state.pt).
 
-state.pt names the weights that belong to it and is replaced last, in one rename: a folder that was cut off at any moment
-holds the old pair or the new one.  Both files load without running code: safetensors, torch.load(weights_only=True).
+state.pt names the weights that belong to it and is replaced last, in one rename: a folder that was cut off at any
+moment holds the old pair or the new one.  Both load without running code: safetensors, torch.load(weights_only=True).
 """
 
 from __future__ import annotations

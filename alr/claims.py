@@ -123,12 +123,14 @@ def dumps(claims: dict[str, dict]) -> str:
 
 
 def phrase(claim: dict, unit: bool = False) -> str:
-    """A value as prose prints it: '4.430 [4.401, 4.459]', in the claim's own format; its verdict where it has none."""
+    """A value as prose prints it: '4.430 [4.401, 4.459]', in the claim's own format; its verdict where it has none.
+
+    Tables, figures and the role {val} print a value by this function alone."""
     if claim["value"] is None:
         return claim["verdict"]
     value, low, high = (None if claim[k] is None else format(claim[k], claim["format"]).replace("-", "\N{MINUS SIGN}")
                         for k in ("value", "low", "high"))
-    return (value if low is None else f"{value} [{low}, {high}]") + (f" {claim['unit']}" if unit else "")
+    return f"{value if low is None else f'{value} [{low}, {high}]'} {claim['unit'] if unit else ''}".rstrip()
 
 
 # ------------------------------------------------------------------------------------------------- showing

@@ -56,10 +56,10 @@ class Config:
 
     seed: int = 0                       # of initialisation, data order and dropout
     device: str = "auto"                # auto, cpu, cuda, cuda:1, mps
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; auto: bfloat16 on CUDA, else float32
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; auto: bfloat16 on CUDA
     threads: int | None = None          # CPU threads; torch's choice if not said
     log_every: int = 50                 # optimizer steps between `step` lines of the log
-    eval_tokens: int | None = None      # validation tokens per epoch; the whole split if not said, and always at the end
+    eval_tokens: int | None = None      # validation tokens per epoch; the whole split if not said, always at the end
     test: bool = True                   # --no-test: leave the test split alone at the end, as the sweeps do
 
     def __post_init__(self):

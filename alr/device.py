@@ -1,4 +1,4 @@
-"""What machine is this?  Device, precision, memory and processor: facts for the loop and for the first line of a log."""
+"""What machine is this?  Device, precision, memory, processor: facts for the loop and for the first line of a log."""
 
 from __future__ import annotations
 
@@ -66,8 +66,14 @@ def synchronize(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
+def forget_peak_memory(device: torch.device) -> None:
+    """Begin `peak_memory_mb` anew, where that can be done: on CUDA."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def peak_memory_mb(device: torch.device) -> float | None:
-    """The most memory held so far, in MiB: CUDA's allocator since the process began, or the process's resident memory.
+    """The most memory held so far, in MiB: by CUDA's allocator, or by the process since it began (resident).
 
     MPS keeps no peak: what its driver holds now.  None where nobody can tell (Windows).
     """

@@ -75,8 +75,8 @@ class Log:
 
 
 def provenance() -> dict:
-    """Which code is this?  commit and dirty (changes under alr/, None outside a git checkout of this project), source (a
-    hash over alr/*.py, which a copy without git has too), alr, torch, python."""
+    """Which code is this?  commit and dirty (changes under alr/; both None outside a git checkout of this project),
+    source (a hash over alr/*.py, which a copy without git has too), alr, torch, python."""
     import torch
 
     import alr

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .adapt import Resize
-from .data import IGNORE, Batches, blocks
-from .device import autocast, peak_memory_mb
+from .data import IGNORE, SPLITS, Batches, blocks
+from .device import autocast, forget_peak_memory, peak_memory_mb
 from .model import count_parameters
 from .run import Run
 from .stop import Stop
@@ -60,9 +60,10 @@ class Loop:
         self.run, self.workers, self.callback = run, workers, callback
         self.between_steps, self.agreed = True, workers.size == 1
         self.mark = time.perf_counter()
+        forget_peak_memory(run.device)
         workers.follow(run.adapter, run.device)
         self.net = workers.wrap(run.model)
-        self.train, self.valid, self.test = (s.to(run.device) for s in (run.corpus.train, run.corpus.valid, run.corpus.test))
+        self.train, self.valid, self.test = (getattr(run.corpus, split).to(run.device) for split in SPLITS)
         # disable=False would override TQDM_DISABLE, so nothing is said unless it is True
         self.bar = tqdm(total=run.config.steps, initial=run.step, desc=run.recipe.name, unit="step", dynamic_ncols=True,
                         **({"disable": True} if quiet or workers.rank else {}))
@@ -107,7 +108,7 @@ class Loop:
         self.end(*losses)
 
     def asked(self, stop: Stop) -> bool:
-        """Has somebody asked this run to stop?  Processes must agree, which they do where they wait for each other anyway."""
+        """Has somebody asked this run to stop?  Processes must agree; they do where they wait for each other anyway."""
         run, c = self.run, self.run.config
         if self.workers.size == 1:
             return stop.asked
@@ -174,8 +175,9 @@ class Loop:
     def check(self, *numbers: float) -> None:
         if not all(map(math.isfinite, numbers)):
             run = self.run
-            raise FloatingPointError(f"the loss or its gradient is not finite any more by step {run.step} ({run.recipe.name}, "
-                                     f"lr {run.config.lr:g}). Lower --lr, add --warmup-steps, or set --grad-clip 1.")
+            raise FloatingPointError(f"the loss or its gradient is not finite any more by step {run.step} "
+                                     f"({run.recipe.name}, lr {run.config.lr:g}). Lower --lr, add --warmup-steps, "
+                                     "or set --grad-clip 1.")
 
     def mean(self, x: Tensor) -> float:
         """A scalar's mean over the processes."""
@@ -204,7 +206,8 @@ class Loop:
             "epoch", epoch=run.epoch, step=run.step, train_loss=train_loss, val_loss=val_loss,
             rank_min=min(ranks, default=None), rank_max=max(ranks, default=None),
             rank_avg=sum(ranks) / len(ranks) if ranks else None, ranks=ranks,
-            params_millions=count_parameters(run.model)["total"] / 1e6, time_sec=round(run.seconds["work"] - run.spent, 3))
+            params_millions=count_parameters(run.model)["total"] / 1e6,
+            time_sec=round(run.seconds["work"] - run.spent, 3))
         run.spent = run.seconds["work"]
         self.save()
 
@@ -239,6 +242,6 @@ class Loop:
             shapes={name: [x.out_features, x.in_features] for name, x in run.adapter.layers.items()},
             seconds={"training": round(work - adaptation, 3), "evaluation": round(run.seconds["evaluation"], 3),
                      "adaptation": round(adaptation, 3)},
-            tokens_per_s=round(c.steps * c.batch_size * c.block_size / work, 1), peak_memory_mb=peak_memory_mb(run.device),
-            resumed=run.resumed)
+            tokens_per_s=round(c.steps * c.batch_size * c.block_size / work, 1),
+            peak_memory_mb=peak_memory_mb(run.device), resumed=run.resumed)
         self.save()

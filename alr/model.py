@@ -94,7 +94,7 @@ class LanguageModel(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; q, k, v, o are (E, E) without bias, so that a factorised one is U V and nothing else."""
+    """Multi-head self-attention; q, k, v, o are (E, E) without bias: a factorised one is U V and nothing else."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -159,7 +159,7 @@ class GPT(LanguageModel):
         """Token ids (B, T) -> logits (B, T, C).  ValueError when T is above block_size."""
         B, T = tokens.shape
         if T > self.config.block_size:
-            raise ValueError(f"GPT: {T} tokens in a sequence; this model was made for at most {self.config.block_size}.")
+            raise ValueError(f"GPT: {T} tokens in a sequence; the model was made for at most {self.config.block_size}.")
         x = self.wte(tokens) + self.wpe(torch.arange(T, device=tokens.device))              # (B, T, E)
         x = F.dropout(x, self.config.dropout, self.training)
         for block in self.blocks:

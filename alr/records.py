@@ -140,10 +140,10 @@ class Runs:
     provenance: pd.DataFrame            # a row per run: the `run` line, nested keys with dots (config.lr, corpus.name)
 
     def of(self, **keys) -> "Runs":
-        """The runs with these values, e.g. of(arm="v10", seed=0)."""
+        """The runs with these values, e.g. of(arm="v10", seed=0) or of(arm=["v10", "alr"])."""
         def cut(table):
             for k, v in keys.items():
-                table = table[table[k] == v]
+                table = table[table[k].isin(v) if isinstance(v, list) else table[k] == v]
             return table
         return replace(self, **{t: cut(getattr(self, t)) for t in COLUMNS})
 

@@ -38,6 +38,7 @@ class Run:
     optimizers: list[Optimizer]
     adapter: RankAdapter
     given: str                          # repr of the recipe before configuration and clock touched it
+    leads: bool = True                  # is this the process that writes files and speaks?
     writer: Log = field(default_factory=Log)
     step: int = 0                       # optimizer steps done
     epoch: int = 0                      # epochs done
@@ -62,8 +63,8 @@ class Run:
         if self.config.out is None:
             return
         rng = {"cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            rng["cuda"] = torch.cuda.get_rng_state(self.device)
+        if self.device.type != "cpu":
+            rng[self.device.type] = torch.get_device_module(self.device).get_rng_state()
         checkpoint.save(self.config.out, self.model, {
             "config": self.config.describe(), "recipe": self.given, "fingerprint": self.corpus.fingerprint,
             "step": self.step, "epoch": self.epoch, "running": self.running.cpu(), "val_loss": self.val_loss,
@@ -80,8 +81,8 @@ class Run:
             setattr(self, name, state[name])
         self.running = state["running"].to(self.device)
         torch.set_rng_state(state["rng"]["cpu"])
-        if self.device.type == "cuda" and "cuda" in state["rng"]:
-            torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
+        if self.device.type != "cpu" and self.device.type in state["rng"]:
+            torch.get_device_module(self.device).set_rng_state(state["rng"][self.device.type])
 
 
 def prepare(config: Config, recipe: Recipe | None = None, workers: Workers | None = None) -> Run:
@@ -113,15 +114,15 @@ def prepare(config: Config, recipe: Recipe | None = None, workers: Workers | Non
     model.to(device)
     optimizers = make_optimizers(config, model, device)
     adapter = RankAdapter(model, optimizers, adjusted, total_steps=config.steps)
-    run = Run(config, adjusted, text, device, pick_dtype(config.precision, device), model, optimizers, adapter, repr(given),
-              running=torch.zeros((), device=device))
+    dtype = pick_dtype(config.precision, device)
+    run = Run(config, adjusted, text, device, dtype, model, optimizers, adapter, repr(given),
+              leads=workers.rank == 0, running=torch.zeros((), device=device))
     if saved is not None:
         run.restore(saved)
     if workers.size > 1:
         torch.manual_seed(config.seed + workers.rank + (run.step << 20))            # dropout of its own
-    if workers.rank == 0:
-        path = config.log_file or (Path(config.out) / "log.jsonl" if config.out else None)
-        run.writer = Log(path, saved["lines"] if saved else ())
+    path = config.log_file or (Path(config.out) / "log.jsonl" if config.out else None)
+    run.writer = Log(path if run.leads else None, saved["lines"] if saved else ())
     if saved is not None and not ended(run):
         run.resumed.append({"step": run.step, "started": now(), **provenance()})
     return run
@@ -133,8 +134,8 @@ def _saved(config: Config, given: str) -> dict | None:
         raise ValueError("--resume needs --out, the folder that holds the checkpoint.")
     if not config.resume:
         if config.out is not None and checkpoint.exists(config.out):
-            raise ValueError(f"{config.out} holds a checkpoint already; add --resume to go on from it, or choose another "
-                             "folder.")
+            raise ValueError(f"{config.out} holds a checkpoint already; add --resume to go on from it, or choose "
+                             "another folder.")
         return None
     saved, mine = checkpoint.load(config.out), config.describe()
     for key in mine.keys() - MOVABLE:

@@ -34,7 +34,8 @@ class Stop:
         if self.at_once or (self.asked and time.monotonic() - self.since >= self.patience):
             raise KeyboardInterrupt
         if not self.asked:
-            os.write(2, b"\nstopping after this step; once more to stop at once\n")      # print may not be entered twice
+            # not print, which a signal may not enter twice
+            os.write(2, b"\nstopping after this step; once more to stop at once\n")
             self.asked, self.since = True, time.monotonic()
 
     @contextlib.contextmanager

@@ -31,12 +31,13 @@ def train(config: Config = Config(), recipe: Recipe | None = None, callback: Cal
     quiet: no progress bar.
 
     ValueError and FileNotFoundError for settings that cannot be had, before any file is written.  FloatingPointError
-    when the loss is no number any more.  Ctrl-C (and SIGTERM) stops after the step that is under way, writes a checkpoint
-    if config.out is given, and raises KeyboardInterrupt; a second one stops at once.
+    when the loss is no number any more.  Ctrl-C (and SIGTERM) stops after the step that is under way, writes a
+    checkpoint if config.out is given, and raises KeyboardInterrupt; a second one stops at once.
     """
     workers = Workers()
     run = prepare(config, recipe, workers)
     if ended(run):                                      # resumed after its end: there is nothing left to do
+        workers.stop()
         return run
     if not run.log:
         run.writer.write("run", **opening(run, config.recipe if recipe is not None else None))
@@ -45,13 +46,14 @@ def train(config: Config = Config(), recipe: Recipe | None = None, callback: Cal
         with Stop(patience=2.0 if workers.size > 1 else 0.0) as stop:
             loop.go(stop)
     except KeyboardInterrupt:
-        if loop.whole:
+        if loop.whole and run.running.isfinite():       # weights that have diverged replace no better ones
             loop.lap("work")
             loop.save()
         raise
     finally:
         loop.bar.close()
         run.writer.close()
+        loop.net = None                                 # a DDP wrapper that outlives its process group may hang
         workers.stop()
     return run
 
@@ -89,10 +91,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"train: {error}", file=sys.stderr)
         return 1
     last = run.log[-1] if run.log else {}
-    if last.get("kind") == "end":
+    if run.leads and last.get("kind") == "end":
         ranks = last["ranks"].values()
-        print(f"{run.log[0]['name']}: validation {last['val_loss']:.4f} nats per token, {last['val_bpb']:.4f} bits per byte; "
-              f"{last['params']['total'] / 1e6:.2f} M parameters"
+        print(f"{run.log[0]['name']}: validation {last['val_loss']:.4f} nats per token, "
+              f"{last['val_bpb']:.4f} bits per byte; {last['params']['total'] / 1e6:.2f} M parameters"
               + (f", ranks {min(ranks)} to {max(ranks)}" if ranks else "")
               + (f"; log in {run.writer.path}" if run.writer.path else ""))
     return 0

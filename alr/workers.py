@@ -36,6 +36,7 @@ class Workers:
 
     def stop(self) -> None:
         if self._mine:
+            gc.collect()
             dist.destroy_process_group()
             self._mine = False
 
@@ -50,7 +51,7 @@ class Workers:
         return x
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """The model as the loop calls it.  Wrap again after every resize: DDP holds on to the parameters it has seen."""
+        """The model as the loop calls it.  Wrap again after a resize: DDP holds on to the parameters it has seen."""
         if self.size == 1:
             return model
         gc.collect()                                    # a dead wrapper's hooks must be gone before new ones are made

@@ -1,38 +1,28 @@
 """Build the book from the notebooks that `notebooks.py run` has run: python book/build.py html | pdf [--profile cpu].
 
 Everything a page needs is copied to _build/src first (staged), flat, as Jupyter Book likes it: the pages of book/, the
-run notebooks in notebooks/, data/. The table of contents loses what is not there yet. Warnings are errors. At last
-every page is searched for what it would fetch from a network, because the book has to be complete without one.
+run notebooks in notebooks/, data/. The table of contents, and links, lose what is not there yet. Warnings are errors.
+At last offline.py searches every page for what it would fetch from a network.
 """
 
 import argparse
 import os
+import posixpath
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
-from html.parser import HTMLParser
 from pathlib import Path
 
 import nbformat
 import yaml
+from offline import complete
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "_build"
 SRC = BUILD / "src"
 
-# attributes of a tag that make a browser fetch something by itself; a link that a reader clicks is not among them
-FETCHED = {
-    "script": ["src"], "img": ["src", "srcset"], "source": ["src", "srcset"], "iframe": ["src"], "embed": ["src"],
-    "video": ["src", "poster"], "audio": ["src"], "object": ["data"], "input": ["src"],
-    "image": ["href", "xlink:href"], "use": ["href", "xlink:href"],
-}
-LINKS = {"stylesheet", "preload", "modulepreload", "prefetch", "preconnect", "dns-prefetch", "icon", "manifest"}
-AFAR = r"(?:https?:)?//"
-REMOTE = re.compile(rf"\s*{AFAR}", re.IGNORECASE)
-REMOTE_CSS = re.compile(rf"(?:url\(\s*['\"]?|@import\s+['\"])\s*{AFAR}[^'\")\s]+", re.IGNORECASE)
-REMOTE_JS = re.compile(rf"['\"`]\s*{AFAR}[^'\"`\s]+\.(?:m?js|css|wasm|woff2?)\b[^'\"`]*", re.IGNORECASE)
 THEBE = re.compile(r"\s*<script[^>]*>(?:const THEBE_JS_URL[^<]*)?</script>")
 
 
@@ -47,6 +37,22 @@ def present(toc: dict, there) -> dict:
         if entries:
             kept[key] = entries
     return kept
+
+
+def pages(toc: dict) -> list[str]:
+    """All pages of a table of contents, in reading order."""
+    below = [entry for key in ("parts", "chapters", "sections") for entry in toc.get(key, [])]
+    return [toc[key] for key in ("root", "file") if key in toc] + [page for entry in below for page in pages(entry)]
+
+
+def unlink(text: str, page: str, absent: set[str]) -> str:
+    """Markdown of a page with the links to absent pages as plain words; other broken links stay, and are warnings."""
+    def gone(target):
+        path = posixpath.normpath(posixpath.join(posixpath.dirname(page), target))
+        return path.removesuffix(".ipynb").removesuffix(".md") in absent
+
+    text = re.sub(r"\[([^][]+)\]\(([^()\s#]+)(?:#[^()\s]*)?\)", lambda m: m[1] if gone(m[2]) else m[0], text)
+    return re.sub(r"\{doc\}`(?:([^`<]+?)\s*<)?([^`<>]+)>?`", lambda m: m[1] or m[2] if gone(m[2]) else m[0], text)
 
 
 def childless(toc: dict) -> list[str]:
@@ -84,10 +90,17 @@ def configuration() -> dict:
 def stage(profile: str) -> None:
     """Fill _build/src anew."""
     shutil.rmtree(SRC, ignore_errors=True)
-    tools = shutil.ignore_patterns("__pycache__", "build.py", "notebooks.py", "env.sh")
+    tools = shutil.ignore_patterns("__pycache__", "build.py", "notebooks.py", "offline.py", "env.sh")
     shutil.copytree(ROOT / "book", SRC, ignore=tools)
     if (ROOT / "data").is_dir():
         shutil.copytree(ROOT / "data", SRC / "data", ignore=shutil.ignore_patterns("cache"))
+    toc = yaml.safe_load((ROOT / "book" / "_toc.yml").read_text(encoding="utf8"))
+    planned = pages(toc)
+    toc = present(toc, lambda page: any((ROOT / folder).exists() for folder in (f"book/{page}.md", f"{page}.ipynb")))
+    absent = set(planned) - set(pages(toc))
+    if absent:
+        print(f"not there yet, left out: {', '.join(page for page in planned if page in absent)}")
+
     (SRC / "notebooks").mkdir()
     run = BUILD / "run" / (profile or "committed")
     for notebook in sorted((ROOT / "notebooks").glob("*.ipynb")):
@@ -95,16 +108,17 @@ def stage(profile: str) -> None:
             raise SystemExit(f"{notebook.name} has not been run: python book/notebooks.py run, or make book, does it.")
         nb = nbformat.read(run / notebook.name, as_version=4)
         for cell in nb.cells:
-            if "injected-parameters" in cell.metadata.get("tags", []):
+            if cell.cell_type == "markdown":
+                cell.source = unlink(cell.source, f"notebooks/{notebook.stem}", absent)
+            elif "injected-parameters" in cell.metadata.get("tags", []):
                 cell.metadata.tags.append("remove-cell")         # papermill's own cell
         nbformat.write(nb, SRC / "notebooks" / notebook.name)
-    toc = yaml.safe_load((ROOT / "book" / "_toc.yml").read_text(encoding="utf8"))
-    toc = present(toc, lambda file: any((SRC / f"{file}{suffix}").exists() for suffix in (".md", ".ipynb", "")))
-    for page in childless(toc):
-        path = SRC / f"{page}.md"
-        if path.exists():                                        # a list of no pages would be a warning
-            text = path.read_text(encoding="utf8")
-            path.write_text(text.replace("```{tableofcontents}\n```\n", ""), encoding="utf8")
+    empty = childless(toc)
+    for path in SRC.glob("*.md"):
+        text = unlink(path.read_text(encoding="utf8"), path.stem, absent)
+        if path.stem in empty:                                   # a list of no pages would be a warning
+            text = text.replace("```{tableofcontents}\n```\n", "")
+        path.write_text(text, encoding="utf8")
     (SRC / "_toc.yml").write_text(yaml.safe_dump(toc, sort_keys=False), encoding="utf8")
     (SRC / "_config.yml").write_text(yaml.safe_dump(configuration(), sort_keys=False), encoding="utf8")
 
@@ -126,63 +140,6 @@ def jupyter_book(builder: str) -> Path:
 def without_thebe(page: str) -> str:
     """A page without the scripts of sphinx-thebe, which Jupyter Book always loads and which name a server."""
     return THEBE.sub(lambda match: "" if "thebe" in match[0].lower() else match[0], page)
-
-
-# ---------------------------------------------------------------- complete without a network
-
-class Assets(HTMLParser):
-    """Collects what a browser would fetch for a page by itself: .urls, and the text of its styles and scripts."""
-
-    def __init__(self, page: str):
-        super().__init__(convert_charrefs=True)
-        self.urls, self.css, self.js, self.inside = [], [], [], None
-        self.feed(page)
-
-    def handle_starttag(self, tag, attrs):
-        attrs = {name: value or "" for name, value in attrs}
-        self.inside = tag if tag in ("style", "script") else None
-        self.css.append(attrs.get("style", ""))
-        if tag == "link" and LINKS & set(attrs.get("rel", "").lower().split()):
-            self.urls.append(attrs.get("href", ""))
-        for name in FETCHED.get(tag, []):
-            if name in attrs:
-                many = attrs[name].split(",") if name == "srcset" else [attrs[name]]
-                self.urls += [part.split()[0] for part in many if part.split()]
-
-    def handle_data(self, data):
-        if self.inside:
-            (self.css if self.inside == "style" else self.js).append(data)
-
-    def handle_endtag(self, tag):
-        self.inside = None
-
-
-def fetched_from_afar(page: str) -> list[str]:
-    """Addresses that a page (its HTML) would fetch from a network."""
-    assets = Assets(page)
-    return ([url for url in assets.urls if REMOTE.match(url)]
-            + [match[0] for text in assets.css for match in REMOTE_CSS.finditer(text)]
-            + [match[0] for text in assets.js for match in REMOTE_JS.finditer(text)])
-
-
-def missing(page: str, folder: Path) -> list[str]:
-    """Local files that a page below `folder` would load and that are not there."""
-    local = [url for url in Assets(page).urls if url and not REMOTE.match(url) and not url.startswith(("data:", "#"))]
-    return [url for url in local if not (folder / url.split("#")[0].split("?")[0]).exists()]
-
-
-def complete(folder: Path) -> None:
-    """Stop unless every page in a built book needs nothing but the files beside it."""
-    complaints = []
-    for path in sorted(set(folder.rglob("*.html")) - set(folder.rglob("_static/*.html"))):       # those are templates
-        page = path.read_text(encoding="utf8")
-        complaints += [f"{path.relative_to(folder)} fetches {url}" for url in fetched_from_afar(page)]
-        complaints += [f"{path.relative_to(folder)} misses {url}" for url in missing(page, path.parent)]
-    for path in sorted(folder.rglob("*.css")):
-        style = path.read_text(encoding="utf8")
-        complaints += [f"{path.relative_to(folder)} fetches {match[0]}" for match in REMOTE_CSS.finditer(style)]
-    if complaints:
-        raise SystemExit("The book is not complete without a network:\n" + "\n".join(complaints))
 
 
 # ---------------------------------------------------------------- the two results

@@ -11,7 +11,8 @@ from synthetic import log, suite, write
 
 from alr import claims
 from alr.claims import ClaimError, changes, compute, condition, dumps, judge, load, main, phrase, table
-from alr.records import ROOT, runs, verify_digest
+from alr.metrics import shrink_after_drop
+from alr.records import ROOT, tables
 
 BETTER = [4.10, 4.32, 4.21, 4.05]               # 0.20 below WORSE at every seed, give or take 0.01
 WORSE = [4.31, 4.51, 4.41, 4.26]
@@ -120,6 +121,8 @@ def test_metrics_of_curves(tmp_path):
     assert value("steps_to_loss", level=1.0) is None                    # never reached: no value, not a made-up one
     assert value("best_val_loss") == 4.05 and value("val_loss_at", epoch=1) == 5.55
     assert value("role_rank", role="o") == 64 + 3 - 5 * 4 and value("growth_moves") == 0
+    assert value("role_gap", role="o", other="q") == 3 and value("role_gap", role="q", other="down") == -5
+    assert value("lowest_of_suite", "dense") == value("best_val_loss")  # alr's, at the same seed
     c = one(tmp_path, arms=["alr", "dense"], metric="steps_to_loss", ratio=True, rule="<", threshold=0.9,
             **{"with": {"level": "dense"}})
     assert c["verdict"] == "supported" and c["value"] == c["high"] == pytest.approx(5 / 6, abs=1e-6)
@@ -127,6 +130,19 @@ def test_metrics_of_curves(tmp_path):
         value("val_los")
     with pytest.raises(ClaimError, match="with = "):
         value("steps_to_loss", lvl=4)
+
+
+def test_what_the_ranks_still_lose_after_the_drop(tmp_path):
+    lines = log("v10", epochs=6, blocks=1)
+    parsed = [json.loads(line) for line in lines[:-1]]
+    losses = iter([6.0, 5.9, 5.8, 1.0, 0.9, 0.8])                       # falls in the fourth epoch
+    parsed = [p | {"val_loss": next(losses)} if p["kind"] == "epoch" else p for p in parsed]
+    r = tables({"v10.seed0": [*parsed, json.loads(lines[-1])]}, "toy")
+    assert r.curves["rank_avg"].diff().tolist()[1:] == [-4, -4, -4, -4, 0]
+    assert shrink_after_drop(r, r) == 4                                 # one move of 4 after it, and none at the end
+    dense = tables({"dense.seed0": [json.loads(x) for x in log("dense", start=None)]}, "toy")
+    assert math.isnan(shrink_after_drop(dense, dense))
+    assert math.isnan(shrink_after_drop(r.of(arm="none"), r))
 
 
 # ------------------------------------------------------------------------------------------------ the register
@@ -289,30 +305,3 @@ def test_the_table_has_words_escapes_text_and_is_the_same_twice(project):
     assert phrase(read["better_than_worse"], unit=True) == "−0.203 [−0.218, −0.187] nats per token"
     with pytest.raises(FileNotFoundError, match="python -m alr.claims"):
         claims.read(folder / "no.json")
-
-
-# ------------------------------------------------------------------------------------------- this very project
-
-def test_register_records_and_claims_json_agree():
-    if not claims.REGISTER.exists():
-        pytest.skip("data/claims.toml is not there yet")
-    assert dumps(compute(load())) == claims.REGISTRY.read_text(encoding="utf-8"), "run python -m alr.claims"
-
-
-def test_every_val_in_the_book_is_in_the_register():
-    pages = [*ROOT.glob("book/**/*.md"), *ROOT.glob("notebooks/*.ipynb")]
-    texts = [page.read_text(encoding="utf-8") for page in pages]
-    keys = {key for text in texts for key in re.findall(r"(?<!`` )\{val\}`([^`<>]+)`", text)}
-    if not keys:
-        pytest.skip("no page uses {val} yet")
-    assert keys <= set(load())
-
-
-def test_every_committed_record_is_what_was_written():
-    records = [p for p in ROOT.glob("data/runs/*/**/*.jsonl") if ".running-" not in str(p)]
-    if not records:
-        pytest.skip("no suite is recorded yet")
-    for path in records:
-        assert verify_digest(path)
-    for folder in {p.parent for p in records}:
-        assert len(runs(folder).ends) == len(runs(folder).provenance) > 0

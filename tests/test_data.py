@@ -18,8 +18,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from alr import data
-from alr.data import IGNORE, NAMES, SPLITS, UNK, Batches, Source, blocks, corpus, pydoc_documents, tokenize
+from alr import sources
+from alr.data import IGNORE, UNK, Batches, blocks, corpus, tokenize
+from alr.sources import NAMES, SPLITS, Source, pydoc_documents
 
 DATA = Path(__file__).resolve().parents[1] / os.environ.get("ALR_DATA", "../shared/data")
 needs = {name: pytest.mark.skipif(not (DATA / name).is_dir(), reason=f"{name} is not in $ALR_DATA or ../shared/data")
@@ -33,9 +34,9 @@ def nowhere(tmp_path, monkeypatch):
     """No test finds data by chance or reaches a network: empty cache, no $ALR_DATA, ports that nobody listens on."""
     monkeypatch.delenv("ALR_DATA", raising=False)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(data, "cache_dir", lambda: tmp_path / "cache")
-    monkeypatch.setattr(data, "SOURCES", {name: Source(s.level, ("http://127.0.0.1:9/x",), s.files)
-                                          for name, s in data.SOURCES.items()})
+    monkeypatch.setattr(sources, "cache_dir", lambda: tmp_path / "cache")
+    monkeypatch.setattr(sources, "SOURCES", {name: Source(s.level, ("http://127.0.0.1:9/x",), s.files)
+                                          for name, s in sources.SOURCES.items()})
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,7 @@ def documents():
 
 @pytest.fixture
 def pydoc(documents, monkeypatch):
-    monkeypatch.setattr(data, "pydoc_documents", lambda: documents)
+    monkeypatch.setattr(sources, "pydoc_documents", lambda: documents)
     return corpus("pydoc")
 
 
@@ -136,8 +137,8 @@ def test_pydoc_is_large_dealt_by_document_and_leaks_no_paragraph(pydoc, document
     assert 350_000 < sum(pydoc.tokens.values()) < 650_000           # about 481,000 on CPython 3.11
     share = {s: pydoc.bytes[s] / sum(pydoc.bytes.values()) for s in SPLITS}
     assert share["train"] < 0.93 and 0.03 < share["valid"] < 0.06 and 0.03 < share["test"] < 0.06
-    texts = data._deal(documents, 0)
-    seen = [{" ".join(p.split()) for p in re.split(r"\n\s*\n", texts[s]) if len(" ".join(p.split())) >= data.LONG}
+    texts = sources._deal(documents, 0)
+    seen = [{" ".join(p.split()) for p in re.split(r"\n\s*\n", texts[s]) if len(" ".join(p.split())) >= sources.LONG}
             for s in SPLITS]
     assert all(len(s) > 100 for s in seen)
     assert not any(a & b for a, b in itertools.combinations(seen, 2))
@@ -150,13 +151,13 @@ def test_pydoc_is_large_dealt_by_document_and_leaks_no_paragraph(pydoc, document
 @pytest.mark.parametrize("seed", range(5))
 def test_documents_are_dealt_whole_and_no_large_one_is_held_out(seed):
     documents = [(f"d{i}", f"<{i}>" * 25) for i in range(400)] + [("large", "L" * 600), ("huge", "H" * 4000)]
-    texts = data._deal(documents, seed)
+    texts = sources._deal(documents, seed)
     dealt = {s: texts[s].split("\n\n") for s in SPLITS}
     assert sorted(itertools.chain(*dealt.values())) == sorted(text for _, text in documents)
     assert {"L" * 600, "H" * 4000} <= set(dealt["train"])           # 600 is more than a fifth of 5 %
     whole = sum(len(text) for _, text in documents)
     assert all(0.045 < sum(map(len, dealt[s])) / whole <= 0.05 for s in ("valid", "test"))
-    assert data._deal(documents[::-1], seed) == texts               # the order comes from the names and the seed
+    assert sources._deal(documents[::-1], seed) == texts               # the order comes from the names and the seed
 
 
 def test_pydoc_splits_follow_the_seed_alone(pydoc):
@@ -192,7 +193,7 @@ def test_pydoc_is_read_once_and_a_broken_cache_is_read_anew(tmp_path, monkeypatc
     first = pydoc_documents(lib)
     (cache,) = (tmp_path / "cache").iterdir()
     with monkeypatch.context() as patch:
-        patch.setattr(data.ast, "parse", None)                      # would fail if anything were parsed again
+        patch.setattr(sources.ast, "parse", None)                      # would fail if anything were parsed again
         assert pydoc_documents(lib) == first
     raw = cache.read_bytes()
     for broken in (b"", raw[:len(raw) // 2]):
@@ -204,9 +205,9 @@ def test_pydoc_is_read_once_and_a_broken_cache_is_read_anew(tmp_path, monkeypatc
 
 def test_a_write_that_is_cut_off_leaves_nothing(tmp_path, monkeypatch):
     path = write(tmp_path / "out/file", "old")
-    monkeypatch.setattr(data.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
+    monkeypatch.setattr(sources.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
     with pytest.raises(OSError):
-        data._write(path, b"new")
+        sources._write(path, b"new")
     assert [p.name for p in path.parent.iterdir()] == ["file"] and path.read_text() == "old"
     with pytest.warns(UserWarning, match="cannot write"):           # a cache that cannot be written is said, not needed
         assert pydoc_documents(library(tmp_path / "lib"))
@@ -250,7 +251,7 @@ def server():
 
 @pytest.fixture
 def toy(monkeypatch, server):
-    monkeypatch.setitem(data.SOURCES, "toy", Source("word", (server.url + "/gone", server.url + "/toy.zip"), TOY))
+    monkeypatch.setitem(sources.SOURCES, "toy", Source("word", (server.url + "/gone", server.url + "/toy.zip"), TOY))
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w") as file:
         for name, raw in RAWS.items():
@@ -275,16 +276,16 @@ def test_a_download_that_is_not_the_corpus_is_refused_and_leaves_no_file(toy, tm
         assert not [p for p in (tmp_path / "cache").rglob("*") if p.is_file()]
 
 
-def test_a_wrong_sha256_is_refused(server, monkeypatch):
+def test_a_wrong_sha256_is_refused(server, tmp_path, monkeypatch):
     raw = TEXT.encode()
     for digest, error in ((hashlib.sha256(raw).hexdigest(), None), ("0" * 64, "sha256")):
-        monkeypatch.setitem(data.SOURCES, "one", Source("char", (server.url + "/one",), {"one.txt": digest}))
+        monkeypatch.setitem(sources.SOURCES, "one", Source("char", (server.url + "/one",), {"one.txt": digest}))
         server.files["/one"] = raw
         if error:
             with pytest.raises(FileNotFoundError, match=error):
-                data._find_source("one", [Path("elsewhere")], True)
+                sources._find_source("one", [tmp_path / "elsewhere"], True)
         else:
-            assert data._download("one", data.cache_dir() / "one") == ""
+            assert sources._download("one", sources.cache_dir() / "one") == ""
 
 
 def test_folders_are_searched_in_order(toy, tmp_path, monkeypatch):
@@ -292,7 +293,7 @@ def test_folders_are_searched_in_order(toy, tmp_path, monkeypatch):
         for name, raw in RAWS.items():
             write(tmp_path / folder / name, raw)
     used = []
-    monkeypatch.setattr(data, "_check", lambda raw, expected, path: used.append(path.parent) or raw.decode())
+    monkeypatch.setattr(sources, "_check", lambda raw, expected, path: used.append(path.parent) or raw.decode())
     corpus("toy")
     monkeypatch.setenv("ALR_DATA", str(tmp_path / "env"))
     corpus("toy")

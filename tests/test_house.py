@@ -4,6 +4,7 @@ import importlib.util
 import io
 import json
 import re
+import sys
 import tomllib
 from importlib import metadata
 from pathlib import Path
@@ -23,6 +24,9 @@ MACHINE = re.compile(rf"(?<![\w.:/-])(?:{HOMES})[^\s\"'<>)]*|{re.escape(str(ROOT
 ADDRESS = re.compile(r" at 0x[0-9a-f]{6,}")
 
 
+sys.path.insert(0, str(ROOT / "book"))
+
+
 def load(path: str):
     """A module of book/, which is no package."""
     spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
@@ -34,6 +38,11 @@ def load(path: str):
 @pytest.fixture(scope="module")
 def build():
     return load("book/build.py")
+
+
+@pytest.fixture(scope="module")
+def offline():
+    return load("book/offline.py")
 
 
 @pytest.fixture(scope="module")
@@ -222,7 +231,7 @@ def test_every_page_is_in_the_table_of_contents(build):
 
 def test_the_table_of_contents_loses_what_is_not_there(build):
     kept = build.present(toc(), lambda page: page in ("intro", "evolution", "notebooks/10_v10", "notebooks/16_alr"))
-    assert build.pages(kept) == ["intro", "evolution", "notebooks/10_v10"]       # 16_alr stands below a page that is gone
+    assert build.pages(kept) == ["intro", "evolution", "notebooks/10_v10"]       # 16_alr is below a page that is gone
     assert build.present(toc(), lambda page: True) == toc()
     assert build.childless(kept) == ["notebooks/10_v10"]
 
@@ -231,7 +240,7 @@ def test_links_to_chapters_that_are_not_there_become_words(build):
     absent = {"notebooks/16_alr", "claims"}
     text = "See [the method](16_alr.ipynb#top), [claims](../claims.md), {doc}`the method <16_alr>` and {doc}`16_alr`."
     assert build.unlink(text, "notebooks/10_v10", absent) == "See the method, claims, the method and 16_alr."
-    kept = "[v9](09_v9.ipynb), [a](https://example.org/16_alr), {doc}`09_v9`, ![figure](16_alr.png), [typo](16_arl.ipynb)"
+    kept = "[v9](09_v9.ipynb), [a](https://example.org/16_alr), {doc}`09_v9`, ![figure](16_alr.png), [x](16_arl.ipynb)"
     assert build.unlink(kept, "notebooks/10_v10", absent) == kept
 
 
@@ -247,8 +256,8 @@ def test_links_to_chapters_that_are_not_there_become_words(build):
     '<style>@import "https://example.org/a.css";</style>',
     '<p style="background: url(https://example.org/a.png)">x</p>',
 ])
-def test_a_page_that_needs_a_network_is_noticed(build, line):
-    assert build.fetched_from_afar(f"<html><body>{line}</body></html>")
+def test_a_page_that_needs_a_network_is_noticed(offline, line):
+    assert offline.fetched_from_afar(f"<html><body>{line}</body></html>")
 
 
 @pytest.mark.parametrize("line", [
@@ -258,14 +267,14 @@ def test_a_page_that_needs_a_network_is_noticed(build, line):
     '<img src="data:image/png;base64,AAAA" alt="">',
     '<pre>&lt;script src="https://cdn.example.org/a.js"&gt;</pre>',
 ])
-def test_a_page_with_links_only_is_complete(build, line):
-    assert build.fetched_from_afar(f"<html><body>{line}</body></html>") == []
+def test_a_page_with_links_only_is_complete(offline, line):
+    assert offline.fetched_from_afar(f"<html><body>{line}</body></html>") == []
 
 
-def test_a_local_file_that_is_not_there_is_noticed(build, tmp_path):
+def test_a_local_file_that_is_not_there_is_noticed(offline, tmp_path):
     (tmp_path / "a.js").touch()
     page = '<script src="a.js?v=1"></script><img src="b.png#x" alt="">'
-    assert build.missing(page, tmp_path) == ["b.png#x"]
+    assert offline.missing(page, tmp_path) == ["b.png#x"]
 
 
 def test_the_scripts_that_name_a_server_are_taken_out(build):
@@ -280,9 +289,9 @@ CLAIM = {"text": "It helps.", "value": -0.0651, "low": -0.0893, "high": -0.041, 
 
 
 def test_val_prints_value_interval_and_unit(val):
-    assert val.phrase(CLAIM) == "−0.065 [−0.089, −0.041] nats"
-    assert val.phrase(CLAIM | {"format": "{:.1f}", "unit": ""}) == "−0.1 [−0.1, −0.0]"
-    assert val.phrase(CLAIM | {"low": None, "high": None}) == "−0.065 nats"
+    assert val.phrase(CLAIM, unit=True) == "−0.065 [−0.089, −0.041] nats"
+    assert val.phrase(CLAIM | {"format": ".1f", "unit": ""}, unit=True) == "−0.1 [−0.1, −0.0]"
+    assert val.phrase(CLAIM | {"low": None, "high": None}, unit=True) == "−0.065 nats"
     assert val.phrase(CLAIM | {"value": None, "verdict": "not recorded"}) == "not recorded"
     for word in ("It helps", "supported", "3 runs", "0, 1, 2", "data/runs/x"):
         assert word in val.tooltip(CLAIM)

@@ -120,8 +120,8 @@ def test_parameters_are_recounted_split_and_counted_once():
     d, ff, layers = 32, 64, 2
     model = gpt()
     count = count_parameters(model)
-    assert count == {"blocks": layers * (4 * d * d + 2 * d * ff + 4 * d) + 2 * d, "embedding": (C + T) * d, "head": C * d,
-                     "total": sum(p.numel() for p in model.parameters())}
+    assert count == {"blocks": layers * (4 * d * d + 2 * d * ff + 4 * d) + 2 * d, "embedding": (C + T) * d,
+                     "head": C * d, "total": sum(p.numel() for p in model.parameters())}
     factorize_(model, 3, block_linears)
     less = count_parameters(model)
     assert less["blocks"] == layers * (3 * (4 * 2 * d + 2 * (d + ff)) + 4 * d) + 2 * d
@@ -134,7 +134,8 @@ def test_parameters_are_recounted_split_and_counted_once():
 
 def test_names_and_where():
     assert list(low_rank_layers(factorize_(gpt(tied=True), 3, block_linears))) == [
-        f"blocks.{i}.{name}" for i in range(2) for name in ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.up", "mlp.down")]
+        f"blocks.{i}.{name}" for i in range(2)
+        for name in ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.up", "mlp.down")]
     assert list(low_rank_layers(factorize_(mlp(), 3, block_linears))) == ["fc1", "fc2"]
     with pytest.raises(ValueError, match="shares its weight with 'wte'"):
         factorize_(gpt(tied=True), 3)
@@ -159,5 +160,5 @@ def test_errors_say_what_came_and_what_was_wanted():
         gpt(n_layers=0)
     with pytest.raises(ValueError, match=r"dropout is 1.0; it must be in \[0, 1\)"):
         gpt(dropout=1.0)
-    with pytest.raises(ValueError, match="13 tokens in a sequence; this model was made for at most 12"):
+    with pytest.raises(ValueError, match="13 tokens in a sequence; the model was made for at most 12"):
         gpt()(tokens(1, 13))

@@ -16,26 +16,11 @@ from docutils import nodes
 from sphinx.util import logging
 from sphinx.util.docutils import SphinxRole
 
+from alr.claims import phrase
+
 REGISTER = "data/claims.json"                # below the folder of the staged pages, as it is below the repository's
-MINUS = "\N{MINUS SIGN}"
 
 logger = logging.getLogger(__name__)
-
-
-def number(value: float, form: str) -> str:
-    """A number in a claim's own format, '.3f' or '{:.3f}', with a true minus sign."""
-    text = form.format(value) if "{" in form else format(value, form)
-    return text.replace("-", MINUS)
-
-
-def phrase(claim: dict) -> str:
-    """A claim's value as prose prints it: '4.430 [4.401, 4.459] nats'; its verdict where nothing is recorded yet."""
-    if claim["value"] is None:
-        return claim["verdict"]
-    value, low, high = (None if claim.get(key) is None else number(claim[key], claim["format"])
-                        for key in ("value", "low", "high"))
-    interval = "" if low is None or high is None else f" [{low}, {high}]"
-    return f"{value}{interval} {claim.get('unit', '')}".rstrip()
 
 
 def tooltip(claim: dict) -> str:
@@ -59,7 +44,7 @@ class Val(SphinxRole):
             hint = f"did you mean {', '.join(near)}?" if near else f"it has {len(claims)} claims."
             logger.warning("val: no claim %r in %s; %s", key, REGISTER, hint, location=self.get_location())
             return [nodes.problematic(self.rawtext, self.rawtext)], []
-        node = nodes.abbreviation(self.rawtext, phrase(claim), explanation=tooltip(claim), classes=["val"])
+        node = nodes.abbreviation(self.rawtext, phrase(claim, unit=True), explanation=tooltip(claim), classes=["val"])
         return [node], []
 
 
