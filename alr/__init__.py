@@ -6,13 +6,19 @@
     optimizer.step(); adapter.step(); model.zero_grad()
 """
 
-from . import recipes
+import os
+
+# A kernel that MPS lacks runs on the CPU for that call, and torch says so once; it must be set before torch is imported.
+os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
+
+from . import recipes  # noqa: E402
 from .adapt import RankAdapter, Recipe, Resize
+from .causal import assert_causal
 from .linear import LowRankLinear, densify_, factorize_, low_rank_layers
 
 __version__ = "0.1.0"
-__all__ = ["LowRankLinear", "RankAdapter", "Recipe", "Resize", "densify_", "factorize_", "low_rank_layers", "recipes",
-           "runs"]
+__all__ = ["LowRankLinear", "RankAdapter", "Recipe", "Resize", "assert_causal", "densify_", "factorize_",
+           "low_rank_layers", "recipes", "runs"]
 
 
 def __getattr__(name):

@@ -75,9 +75,10 @@ def title(chapter: str) -> str:
 def _claim_row(key: str, c: dict) -> str:
     note = f'<br><span class="alr-quiet">{html.escape(c["note"])}</span>' if c["note"] and c["n"] else ""
     value = "&ndash;"
-    if c["value"] is not None:                  # the value on one line, its interval and unit on the next
+    if c["value"] is not None:                  # value, interval and unit, each on a line
         number, _, interval = phrase(c).partition(" ")
-        value = f'{number}<br><span class="alr-quiet">{interval} {html.escape(c["unit"])}</span>'
+        below = "<br>".join(filter(None, [interval, html.escape(c["unit"])]))
+        value = f'{number}<br><span class="alr-quiet">{below}</span>'
     seeds = f"seeds {', '.join(map(str, c['seeds']))}" if c["seeds"] else None
     return "<tr>" + "".join([
         _cell(f'{html.escape(c["text"])}<br><code class="alr-key">{key}</code>{note}', id=f"claim-{key}"),
@@ -121,13 +122,13 @@ def _number(m: Interval, form: str, scale: float = 1.0, sign: bool = False) -> s
 
 def leaderboard(suite: Runs | None, dense: str = "dense", about: Mapping[str, str] | None = None,
                 waiting: Sequence[str] = ()) -> Html:
-    """A sortable table: one row per arm, best first, means and 95 % intervals over seeds.
+    """A sortable table: one row per arm, best first; means over seeds, and 95 % intervals of the losses.
 
     "against" is the difference of validation losses, paired by seed: runs of a suite share batches and their order.
+    blocks: parameters at the end, in thousands; TFLOP: counted over the run; s: seconds of training and adaptation.
     about: arm -> a few words.  waiting: arms without a record, named in rows of their own.
     """
-    heads = ["arm", "loss (nats per token)", f"against {dense}", "bits per byte",
-             "block parameters (thousand)", "final mean rank", "cost (TFLOP)", "time (s)", "seeds"]
+    heads = f"arm|loss (nats)|against {dense}|bits per byte|blocks (k)|mean rank|TFLOP|s|seeds".split("|")
     rows, arms = [], []
     if suite is not None:
         ends = one_per_seed(suite.ends)
@@ -142,9 +143,9 @@ def leaderboard(suite: Runs | None, dense: str = "dense", about: Mapping[str, st
         rows.append("<tr>" + "".join([
             _cell(f"<b>{html.escape(arm)}</b>{words}", data_sort=arm),
             _number(mean(group["val_loss"]), ".3f"), _number(gap, ".3f", sign=True),
-            _number(mean(group["val_bpb"]), ".3f"),
-            _number(mean(group["params_blocks"]), ".0f", 1e-3), _number(mean(group["rank_mean"]), ".1f"),
-            _number(mean(group["flops"]), ".2f", 1e-12), _number(mean(group["seconds"]), ".0f"),
+            *(_number(Interval(mean(group[column]).value, None, None, 0), form, scale) for column, form, scale in (
+                ("val_bpb", ".3f", 1), ("params_blocks", ".0f", 1e-3), ("rank_mean", ".1f", 1), ("flops", ".2f", 1e-12),
+                ("seconds", ".0f", 1))),
             _cell(len(group), data_sort=len(group), class_="alr-number")]) + "</tr>")
     for arm in waiting:
         blank = "".join(_cell("&ndash;", data_sort="", class_="alr-number") for _ in heads[3:])

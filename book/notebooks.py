@@ -9,6 +9,7 @@ All three run a notebook with notebooks/ as its working folder, as JupyterLab do
 """
 
 import argparse
+import base64
 import os
 import subprocess
 import sys
@@ -23,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = ROOT / "notebooks"
 BUILD = ROOT / "_build"
 
+README_FIGURE = "fig-v10-map"
 KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
 
 
@@ -168,9 +170,18 @@ def refresh(notebooks: list[Path]) -> None:
         nb = clean(nbformat.read(output, as_version=4))
         nbformat.write(nb, output)
         output.replace(notebook)
+        picture(nb)
         return True
 
     each(notebooks, "refreshing", work)
+
+
+def picture(nb: nbformat.NotebookNode) -> None:
+    """The README's picture is a figure of the book: written anew whenever the chapter that draws it is."""
+    for cell in nb.cells:
+        if cell.metadata.get("mystnb", {}).get("figure", {}).get("name") == README_FIGURE:
+            png = next(o.data["image/png"] for o in cell.outputs if "image/png" in o.get("data", {}))
+            (ROOT / "book" / "_static" / "readme.png").write_bytes(base64.b64decode(png))
 
 
 def main() -> None:

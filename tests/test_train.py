@@ -482,7 +482,7 @@ def two_processes(config, interrupt=False):
         port = free.getsockname()[1]
     # what torchrun does, without importing torch anew where the system can fork
     start = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    both = [start.Process(target=worker, args=(rank, port, config, interrupt)) for rank in (0, 1)]
+    both = [start.Process(target=worker, args=(rank, port, config, interrupt), daemon=True) for rank in (0, 1)]
     for process in both:
         process.start()
     for process in both:
@@ -491,7 +491,7 @@ def two_processes(config, interrupt=False):
 
 
 def test_two_processes_equal_one_and_stop_together(small, tmp_path):
-    small = replace(small, recipe=QUICK.format("alr", ""), dropout=0.0, epochs=2, steps_per_epoch=7)
+    small = replace(small, recipe=QUICK.format("alr", "").replace("50", "150"), dropout=0.0, steps_per_epoch=7)
     one = train(small, quiet=True)
     out = replace(small, out=str(tmp_path))
     assert two_processes(out, interrupt=True) == [130, 130]
