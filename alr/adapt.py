@@ -85,8 +85,16 @@ class Resize(NamedTuple):
     layer: str
     old: int
     new: int
-    target: float                       # the estimate that the controller saw
+    target: float                       # the estimate that the controller saw; of a spectrum its effective number
     error: float                        # ||W - W'||_F / ||W||_F
+
+
+def single(target: float | Sequence[float]) -> float:
+    """An estimate as one number; of worths w per direction (sum w)^2 / sum w^2, how many count."""
+    if isinstance(target, (int, float)):
+        return float(target)
+    squares = sum(w * w for w in target)
+    return sum(target) ** 2 / squares if squares > 0 else 1.0
 
 
 class RankAdapter:
@@ -152,7 +160,7 @@ class RankAdapter:
                    for name, layer in self.layers.items()]
         progress = self.steps / self.total_steps if self.total_steps else None
         signal = Signal([r.limit(layer) for layer in self.layers.values()], self.steps, tuple(self.losses), progress,
-                        list(self.layers))
+                        list(self.layers), [(x.out_features, x.in_features) for x in self.layers.values()])
         wanted, self.memory = r.control.step(ranks, targets, self.memory, signal)
         events = self.resize({name: k for name, old, k in zip(self.layers, ranks, wanted) if k != old},
                              dict(zip(self.layers, targets)))
@@ -172,7 +180,7 @@ class RankAdapter:
                 raise FloatingPointError(f"RankAdapter: resizing {name} from {U.shape[1]} to {k} gave numbers that are "
                                          "not finite; its weights have probably diverged already.")
             events.append(Resize(self.steps, name, U.shape[1], U2.shape[1],
-                                 float(targets[name]) if targets else float(k), relative_change(U, V, U2, V2)))
+                                 single(targets[name]) if targets else float(k), relative_change(U, V, U2, V2)))
             layer.U, layer.V = nn.Parameter(U2, U.requires_grad), nn.Parameter(V2, V.requires_grad)
             swaps.append(Swap(U, V, layer.U, layer.V))
             if isinstance(self.recipe.state, Stale):

@@ -41,13 +41,15 @@ class Config:
     dropout: float = 0.0                # probability, GPT only
     causal: bool = True                 # --no-causal: attention sees the tokens to be predicted (scripts v7 to v10)
     tied: bool = False                  # head and token embedding share one matrix
+    embed_std: float = 0.02             # of the GPT's embeddings at the start; GPT-2's
 
     init_rank: int | None = None        # rank of every layer at the start; the recipe's if not said
     min_rank: int | None = None         # least rank a controller may choose; the recipe's if not said
 
-    optimizer: Literal["adamw", "adam", "sgd", "muon"] = "adamw"    # muon: on block matrices, AdamW on the rest
-    lr: float = 3e-4                    # learning rate (of AdamW, with --optimizer muon)
+    optimizer: Literal["adamw", "adam", "sgd", "muon", "pairs"] = "adamw"   # muon: on block matrices, pairs: on factors
+    lr: float = 3e-4                    # learning rate (with muon and pairs: of AdamW, on the rest)
     muon_lr: float = 0.02               # learning rate of Muon
+    pairs_lr: float = 0.03              # radius of the pair optimizer: spectral norm of a step of W
     momentum: float = 0.9               # of SGD
     weight_decay: float = 0.01          # on every parameter; decoupled for adamw and muon, an L2 term for adam and sgd
     schedule: Literal["constant", "cosine"] = "constant"    # cosine: from --lr at the end of the warm-up to 0
@@ -70,7 +72,7 @@ class Config:
             value = getattr(self, name)
             if value is not None and (value != int(value) or value < 1):
                 raise ValueError(f"{name} is {value}; wanted a whole number of at least 1.")
-        for name in ("lr", "muon_lr", "grad_clip"):
+        for name in ("lr", "muon_lr", "pairs_lr", "embed_std", "grad_clip"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} is {value}; wanted a number above 0.")
@@ -79,7 +81,7 @@ class Config:
                 raise ValueError(f"{name} is {getattr(self, name)}; wanted 0 or more.")
         for name, known in (("model", ("gpt", "mlp")), ("schedule", ("constant", "cosine")),
                             ("precision", ("auto", "float32", "bfloat16")),
-                            ("optimizer", ("adamw", "adam", "sgd", "muon"))):
+                            ("optimizer", ("adamw", "adam", "sgd", "muon", "pairs"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it is one of {', '.join(known)}.")
 

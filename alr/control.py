@@ -23,6 +23,7 @@ class Signal(NamedTuple):
     losses: Sequence[float] = ()        # validation losses so far, oldest first
     progress: float | None = None       # step / total steps, where the total is known
     names: Sequence[str] = ()           # of the layers, for `ByLayer`
+    shapes: Sequence[tuple[int, int]] = ()          # (m, n) of the layers, for what a direction costs
 
 
 def clamp(x, low, high):
@@ -128,8 +129,10 @@ class ByLayer:
             mine = [j for j, c in enumerate(chosen) if c == i]
             pattern, control = self.rules[i]
             part = [[seq[j] for j in mine] for seq in (ranks, targets, signal.caps, signal.names)]
+            shapes = [signal.shapes[j] for j in mine] if signal.shapes else ()
             then = memory[pattern] if pattern in memory else control.init(part[0])
-            got, memories[pattern] = control.step(part[0], part[1], then, signal._replace(caps=part[2], names=part[3]))
+            got, memories[pattern] = control.step(part[0], part[1], then, signal._replace(
+                caps=part[2], names=part[3], shapes=shapes))
             for j, r in zip(mine, got, strict=True):
                 new[j] = r
         return new, memories

@@ -1,4 +1,4 @@
-"""How much rank does a layer use?  One float per layer.
+"""How much rank does a layer use?  One float per layer, or, for controllers that share a budget, one per direction.
 
 Dims: m out_features, n in_features, r rank.  U (m, r), V (r, n), W = U V.
 Pure functions of tensors first, then the frozen values that a recipe names: `estimate(layer) -> float`.
@@ -133,3 +133,19 @@ class SpectralShare:
 
     def __call__(self, layer) -> float:
         return float(share_rank(singular_values(layer.U, layer.V), self.share, self.power))
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """What each direction of W is worth, for `control.Budget`: its share of the layer's energy, s_j^2 / sum s^2, falling.
+
+    relative=False: the energy s_j^2 itself, so that layers with large weights count for more.
+    """
+
+    relative: bool = True
+
+    def __call__(self, layer) -> tuple[float, ...]:
+        energy = singular_values(layer.U, layer.V).square()         # (r,)
+        if self.relative and energy[0] > 0:
+            energy = energy / energy.sum()
+        return tuple(energy.tolist())

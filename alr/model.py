@@ -33,6 +33,7 @@ class GPTConfig:
     dropout: float = 0.0                # on embeddings, attention weights and the output of both sublayers
     causal: bool = True                 # False: attention sees the tokens that it must predict (scripts v7 to v10)
     tied: bool = False                  # True: the head's weight is the token embedding's
+    embed_std: float = 0.02             # of the embeddings at the start; GPT-2's
 
     def __post_init__(self):
         _positive(self, "vocab_size", "block_size", "n_layers", "n_heads", "d_model", "d_ff")
@@ -139,7 +140,7 @@ class Block(nn.Module):
 class GPT(LanguageModel):
     """A GPT: learned positions, pre-norm blocks, GELU, SDPA attention, no bias in any linear layer.
 
-    Starts: embeddings N(0, 0.02) (GPT-2), linear layers as torch starts an nn.Linear (uniform, variance 1 / (3 n)).
+    Starts: embeddings N(0, embed_std^2), linear layers as torch starts an nn.Linear (uniform, variance 1 / (3 n)).
     """
 
     def __init__(self, config: GPTConfig):
@@ -151,7 +152,7 @@ class GPT(LanguageModel):
         self.ln_f = nn.LayerNorm(config.d_model)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         for embedding in (self.wte, self.wpe):
-            nn.init.normal_(embedding.weight, 0.0, 0.02)                                    # GPT-2
+            nn.init.normal_(embedding.weight, 0.0, config.embed_std)
         if config.tied:
             self.head.weight = self.wte.weight
 

@@ -14,9 +14,10 @@ from typing import NamedTuple
 
 from .adapt import Recipe
 from .backward import FormsW, OwnBackward
+from .budget import Budget
 from .control import Bidirectional, ByLayer, each
 from .control_history import Jump, LossAware, Ramp, Step, Velocity
-from .estimate import SpectralShare, StableRank, StableRankPower
+from .estimate import SpectralShare, Spectrum, StableRank, StableRankPower
 from .estimate_gradient import GradientNorm, LargestGroup, NumberOfGroups
 from .factor import SvdCore, SvdFull
 from .grouping import Grouping
@@ -64,11 +65,16 @@ v9 = replace(v8, name="v9", estimate=SpectralShare(share=0.98), control=LossAwar
 v10 = Recipe("v10", rank=64, init=Gaussian(), estimate=StableRankPower(iters=5), control=Bidirectional(),
              resize=SvdFull(eps=1e-8), state=Reset(everything=True), every=200, epoch=200, cap="min")
 
-alr = Recipe("alr", rank=64, init=Spectral(), estimate=StableRank(), control=Bidirectional(),
-             resize=SvdCore(), state=Transport(), every=200, epoch=200, cap="break-even")
+# v10 with every flaw below undone, and nothing new
+repaired = Recipe("repaired", rank=64, init=Spectral(), estimate=StableRank(), control=Bidirectional(),
+                  resize=SvdCore(), state=Transport(), every=200, epoch=200, cap="break-even")
+
+# ours: start wide, shrink to a sixth of the dense size in the first half of training; made for optimizer="pairs"
+alr = Recipe("alr", rank=64, init=Spectral(), estimate=Spectrum(), control=Budget(share=1 / 6),
+             resize=SvdCore(), state=Transport(), every=50, epoch=200, cap="break-even")
 
 ALL = {r.name: r for r in (dense, uniform, v1, v2, v3, v4, v5, v5_1, v6, v7, v7_1, v7_2, v7_3, v7_4, v7_5, v8, v9, v10,
-                           alr)}
+                           repaired, alr)}
 
 ABOUT = {
     "dense": "plain layers, nothing adapted",
@@ -89,7 +95,8 @@ ABOUT = {
     "v8": "ranks that hold 95 % of the energy, four at a time",
     "v9": "98 % of the energy, and growth while the loss gets worse",
     "v10": "1.5 times the stable rank, smoothed, with a dead band",
-    "alr": "v10 repaired: exact estimate, QR-core resize, moments carried over, no rank above break-even",
+    "repaired": "v10 repaired: exact estimate, QR-core resize, moments carried over, no rank above break-even",
+    "alr": "starts wide and shrinks to a budget that all layers share by the worth of their directions",
 }
 
 
@@ -169,9 +176,9 @@ def parse(text: str) -> Recipe:
 
     ValueError, with what is known, for anything else.  No builtins are in reach.
     """
-    from . import (adapt, backward, control, control_history, estimate, estimate_gradient, factor, grouping, init,
-                   randomized, state)
-    modules = (adapt, backward, control, control_history, estimate, estimate_gradient, factor, grouping, init,
+    from . import (adapt, backward, budget, control, control_history, estimate, estimate_gradient, factor, grouping,
+                   init, randomized, state)
+    modules = (adapt, backward, budget, control, control_history, estimate, estimate_gradient, factor, grouping, init,
                randomized, state)
     names = {k: v for module in modules for k, v in vars(module).items() if isinstance(v, type)}
     names |= {name.replace(".", "_"): recipe for name, recipe in ALL.items()} | {"replace": replace, "each": each}

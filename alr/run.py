@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import checkpoint, recipes
+from . import checkpoint, pairs, recipes
 from .adapt import RankAdapter, Recipe
 from .config import Config
 from .control import each
@@ -173,11 +173,12 @@ def make_model(config: Config, vocab_size: int) -> nn.Module:
     if config.model == "mlp":
         return MLPLM(MLPConfig(vocab_size, config.window, config.d_embed, config.d_model))
     return GPT(GPTConfig(vocab_size, config.block_size, config.n_layers, config.n_heads, config.d_model, config.d_ff,
-                         config.dropout, config.causal, config.tied))
+                         config.dropout, config.causal, config.tied, config.embed_std))
 
 
 def make_optimizers(config: Config, model: nn.Module, device: torch.device) -> list[Optimizer]:
-    """One optimizer for all parameters, or, for "muon", Muon on the matrices of the blocks and AdamW on the rest."""
+    """One optimizer for all parameters; for "muon", Muon on the matrices of the blocks and AdamW on the rest; for
+    "pairs", ours on the factors of low-rank layers and AdamW on the rest."""
     fused = {"fused": True} if device.type in ("cuda", "cpu") else {}
     lr, decay = config.lr, config.weight_decay
     if config.optimizer == "muon":
@@ -187,6 +188,8 @@ def make_optimizers(config: Config, model: nn.Module, device: torch.device) -> l
         chosen = {id(p) for p in matrices}
         made = [torch.optim.Muon(matrices, config.muon_lr, weight_decay=decay),
                 torch.optim.AdamW([p for _, p in named if id(p) not in chosen], lr, weight_decay=decay, **fused)]
+    elif config.optimizer == "pairs":
+        made = pairs.optimizers(model, config.pairs_lr, decay, lr, decay, **fused)
     elif config.optimizer == "sgd":
         made = [torch.optim.SGD(model.parameters(), lr, config.momentum, weight_decay=decay, **fused)]
     else:

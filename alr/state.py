@@ -137,7 +137,7 @@ class Slice:
                 cut = {}
                 for key, M in state.items():
                     cut[key] = M
-                    if isinstance(M, Tensor) and M.dim():
+                    if isinstance(M, Tensor) and M.dim() == 2:
                         cut[key] = M.new_zeros(new.shape)           # (m, k) or (k, n)
                         cut[key][:m, :n] = M[:m, :n]
                 if state:
@@ -148,7 +148,8 @@ def carry(state: dict, old: Tensor, T: Tensor, side: str, betas: tuple[float, fl
     """One parameter's optimizer state in the new basis.
 
     side "right": moments (m, r) become (m, k) as M T.  side "left": (r, n) become (k, n) as T^T M.  T (r, k).
-    Scalars (step) and None stay.  TypeError for a tensor that is neither a scalar nor known.
+    Scalars (step), None and vectors along the side that keeps its length (L,) stay.  TypeError for any other tensor
+    that is not known.
     """
     def times(M: Tensor, T: Tensor) -> Tensor:
         out = M.to(T.dtype) @ T if side == "right" else T.mT @ M.to(T.dtype)    # (m, k) or (k, n)
@@ -158,9 +159,9 @@ def carry(state: dict, old: Tensor, T: Tensor, side: str, betas: tuple[float, fl
     fix1, fix2 = (1 - betas[0] ** step, 1 - betas[1] ** step) if betas and step > 0 else (1.0, 1.0)
     size = T.square().sum(0)                                        # (k,)
     fresh = size <= 1e-12 * size.max().clamp_min(1e-30)             # (k,): directions that the old basis did not have
-    out = {}
+    out, kept_side = {}, old.shape[0 if side == "right" else 1]
     for key, M in state.items():
-        if not isinstance(M, Tensor) or M.dim() == 0:
+        if not isinstance(M, Tensor) or M.dim() == 0 or M.shape == (kept_side,):
             out[key] = M
         elif M.shape != old.shape or key not in LINEAR + SQUARE:
             raise TypeError(f"Transport: optimizer state {key!r} of shape {tuple(M.shape)}, for a parameter of shape "

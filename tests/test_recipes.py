@@ -59,7 +59,7 @@ class Run:
 
 def test_every_version_is_there():
     versions = "v1 v2 v3 v4 v5 v5.1 v6 v7 v7.1 v7.2 v7.3 v7.4 v7.5 v8 v9 v10".split()
-    assert NAMES == ["dense", "uniform", *versions, "alr"] and set(recipes.ABOUT) == set(NAMES)
+    assert NAMES == ["dense", "uniform", *versions, "repaired", "alr"] and set(recipes.ABOUT) == set(NAMES)
     for name in NAMES:
         assert recipes.get(name) is getattr(recipes, name.replace(".", "_")) and recipes.get(name).name == name
     with pytest.raises(ValueError, match="recipe 'v11' is not known; there are dense, uniform, v1"):
