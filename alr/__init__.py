@@ -1,9 +1,11 @@
 """Adaptive low-rank training: every linear layer as W = U V, every layer finding its own rank while it trains.
 
     alr.factorize_(model, rank=64)
-    adapter = alr.RankAdapter(model, optimizer, alr.recipes.alr)
+    optimizers = alr.pairs.optimizers(model)
+    adapter = alr.RankAdapter(model, optimizers, alr.recipes.alr, total_steps=10_000)
     ...
-    optimizer.step(); adapter.step(); model.zero_grad()
+    for optimizer in optimizers: optimizer.step()
+    adapter.step(); model.zero_grad()
 """
 
 import os
@@ -11,14 +13,14 @@ import os
 # A kernel that MPS lacks runs on the CPU for that call, and torch says so once; it must be set before torch is imported.
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
 
-from . import recipes  # noqa: E402
+from . import pairs, recipes  # noqa: E402
 from .adapt import RankAdapter, Recipe, Resize
 from .causal import assert_causal
 from .linear import LowRankLinear, densify_, factorize_, low_rank_layers
 
 __version__ = "0.1.0"
 __all__ = ["LowRankLinear", "RankAdapter", "Recipe", "Resize", "assert_causal", "densify_", "factorize_",
-           "low_rank_layers", "recipes", "runs"]
+           "low_rank_layers", "pairs", "recipes", "runs"]
 
 
 def __getattr__(name):

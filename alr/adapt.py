@@ -1,7 +1,7 @@
 """Where the axes meet a model and an optimizer: `Recipe`, a value, and `RankAdapter`, which keeps the books.
 
     factorize_(model, rank=64)                        # or recipe.prepare(model)
-    adapter = RankAdapter(model, optimizer, recipe)
+    adapter = RankAdapter(model, optimizer, recipe, total_steps=10_000)
     ...
     optimizer.step(); adapter.step(); model.zero_grad()
 """
@@ -104,7 +104,8 @@ class RankAdapter:
     is almost always empty.  A changed layer has new Parameters, and the optimizer has been told in the recipe's way; who
     else holds them (DDP, EMA copies) is told by you, when the list is not empty.
 
-    ValueError: no LowRankLinear in the model; a DDP-wrapped model.  TypeError: an optimizer that the state policy refuses.
+    ValueError: no LowRankLinear in the model; a DDP-wrapped model; a controller that plans over the whole run, and no
+    total_steps.  TypeError: an optimizer that the state policy refuses.
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer | Sequence[Optimizer], recipe: Recipe,
@@ -113,6 +114,9 @@ class RankAdapter:
         self.model, self.recipe, self.total_steps = model, recipe, total_steps
         self.optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
         self.layers = low_rank_layers(model)
+        if total_steps is None and getattr(recipe.control, "wants_length", False):
+            raise ValueError(f"RankAdapter: {type(recipe.control).__name__} plans over the whole run; write "
+                             f"RankAdapter(model, optimizer, recipe, total_steps=...).")
         if recipe.rank is not None and not self.layers:
             raise ValueError("RankAdapter: the model holds no LowRankLinear; call alr.factorize_(model, rank=...) or "
                              "recipe.prepare(model) before the optimizer is made.")
@@ -125,8 +129,9 @@ class RankAdapter:
         self._seen, self._warned = 0, False
         for optimizer in self.optimizers[:1]:
             optimizer.register_step_post_hook(self._count)
-        if recipe.gradient is not None:
-            recipe.gradient.attach(self)
+        for axis in (recipe.gradient, recipe.estimate, recipe.resize):          # those that watch the model train
+            if hasattr(axis, "attach"):
+                axis.attach(self)
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -174,7 +179,8 @@ class RankAdapter:
         for name, k in ranks.items():
             layer = self.layers[name]
             U, V = layer.U, layer.V                                             # (m, r), (r, n)
-            U2, V2 = self.recipe.resize(U.detach(), V.detach(), int(k))         # (m, k), (k, n)
+            rule = self.recipe.resize.of(layer) if hasattr(self.recipe.resize, "of") else self.recipe.resize
+            U2, V2 = rule(U.detach(), V.detach(), int(k))                       # (m, k), (k, n)
             U2, V2 = U2.contiguous(), V2.contiguous()       # or a reloaded layer would round differently
             if not (U2.isfinite().all() and V2.isfinite().all()):
                 raise FloatingPointError(f"RankAdapter: resizing {name} from {U.shape[1]} to {k} gave numbers that are "

@@ -46,7 +46,8 @@ class Budget:
 
     At progress p of the run the budget is end + (start - end) (1 - x)^3, x = (p - begin) / (end - begin) in [0, 1]: most
     is cut early, when learning rates are high and mistakes are cheap (the schedule of Zhu & Gupta 2017; AdaLoRA's).
-    From a start below the final budget nothing moves.  Nothing ever grows.  ValueError without a known number of steps.
+    From a start below the final budget nothing moves.  Nothing ever grows.  It needs the length of the run
+    (`RankAdapter(..., total_steps=...)`), and a ValueError says so.
     """
 
     share: float = 1 / 6                # all ours, from the suite `method`
@@ -54,13 +55,12 @@ class Budget:
     end: float = 0.5
     min_rank: int = 4
     multiple: int = 1
+    wants_length = True                 # RankAdapter refuses it without total_steps
 
     def init(self, ranks):
         return [int(r) for r in ranks]                              # where the cubic starts
 
     def step(self, ranks, targets, memory, signal):
-        if signal.progress is None:
-            raise ValueError("Budget: the length of the run is not known; give RankAdapter(..., total_steps=...).")
         x = min(max((signal.progress - self.begin) / (self.end - self.begin), 0.0), 1.0)
         start = size(memory, signal.shapes)
         end = min(start, self.share * sum(m * n for m, n in signal.shapes))

@@ -19,8 +19,8 @@ from pathlib import Path
 import pandas as pd
 
 from .metrics import METRICS
-from .records import ROOT, RUNS, Runs, one_per_seed, runs
-from .register import REGISTER, ClaimError, judge, load
+from .records import ROOT, RUNS, Runs, merge, one_per_seed, runs
+from .register import REGISTER, ClaimError, judge, load, named
 from .stats import Interval, compare, mean
 
 REGISTRY = ROOT / "data" / "claims.json"
@@ -58,7 +58,7 @@ def compute_one(key: str, claim: dict, suite: Runs | None) -> dict:
     """One entry of claims.json: what was claimed, what the records say, and the verdict.  suite None: not recorded."""
     kind = "mean" if "single" in claim else "ratio of means" if claim.get("ratio") else "difference of means"
     out = {"text": claim["text"], "value": None, "low": None, "high": None, "unit": claim["unit"], "n": 0,
-           "verdict": "not recorded", "source": f"data/runs/{claim['suite']}", "chapter": claim["chapter"],
+           "verdict": "not recorded", "source": ", ".join(f"data/runs/{name}" for name in named(claim)), "chapter": claim["chapter"],
            "format": claim.get("format", ".3f"), "seeds": [], "kind": kind,
            "rule": claim.get("rule"), "threshold": claim.get("threshold"), "note": ""}
     arms = claim.get("arms") or [claim["single"]]
@@ -109,12 +109,11 @@ def _source(folder, used, arms) -> str:
 
 def compute(register: dict[str, dict], root: str | Path = RUNS) -> dict[str, dict]:
     """All claims, in the order of the register.  A suite without a folder of records gives "not recorded"."""
-    suites: dict[str, Runs | None] = {}
-    for claim in register.values():
-        name = claim["suite"]
-        if name not in suites:
-            suites[name] = runs(name, root) if any((Path(root) / name).glob("*.jsonl")) else None
-    return {key: compute_one(key, claim, suites[claim["suite"]]) for key, claim in register.items()}
+    suites: dict[tuple, Runs | None] = {}
+    for names in dict.fromkeys(named(claim) for claim in register.values()):
+        there = [runs(name, root) for name in names if any((Path(root) / name).glob("*.jsonl"))]
+        suites[names] = merge(*there) if len(there) > 1 else there[0] if there else None
+    return {key: compute_one(key, claim, suites[named(claim)]) for key, claim in register.items()}
 
 
 def dumps(claims: dict[str, dict]) -> str:

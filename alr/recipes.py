@@ -10,6 +10,7 @@ its epochs); `paced` moves a recipe to another clock.
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from importlib import import_module
 from typing import NamedTuple
 
 from .adapt import Recipe
@@ -170,16 +171,17 @@ def table() -> list[dict[str, str]]:
     return [row(r) for r in ALL.values()]
 
 
+MODULES = ("adapt", "backward", "budget", "control", "control_history", "estimate", "estimate_gradient", "factor",
+           "grouping", "init", "randomized", "state", "watch")      # whose values a recipe may hold
+
+
 def parse(text: str) -> Recipe:
     """The recipe that an expression describes: a name, a log's repr, or a change such as
     `replace(v10, state=Transport())`.  repr(parse(repr(recipe))) == repr(recipe).
 
     ValueError, with what is known, for anything else.  No builtins are in reach.
     """
-    from . import (adapt, backward, budget, control, control_history, estimate, estimate_gradient, factor, grouping,
-                   init, randomized, state)
-    modules = (adapt, backward, budget, control, control_history, estimate, estimate_gradient, factor, grouping, init,
-               randomized, state)
+    modules = [import_module(f".{name}", __package__) for name in MODULES]
     names = {k: v for module in modules for k, v in vars(module).items() if isinstance(v, type)}
     names |= {name.replace(".", "_"): recipe for name, recipe in ALL.items()} | {"replace": replace, "each": each}
     if text in ALL:

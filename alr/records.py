@@ -237,6 +237,16 @@ def runs(name: str | Path, root: str | Path | None = None) -> Runs:
     return tables({f.stem: read(f, record=True) for f in files}, folder.name)
 
 
+def merge(*suites: Runs) -> Runs:
+    """Suites of one base configuration as one table each, to be compared.  RecordError where two share a run's name."""
+    names = [name for s in suites for name in s.provenance["run"]]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise RecordError(f"merge: {' and '.join(s.suite for s in suites)} both have {twice[0]}; give the arms other names.")
+    return Runs(", ".join(s.suite for s in suites),
+                **{t: pd.concat([getattr(s, t) for s in suites], ignore_index=True) for t in COLUMNS})
+
+
 # -------------------------------------------------------------------------------------------------- summaries
 
 def one_per_seed(ends: pd.DataFrame) -> pd.DataFrame:

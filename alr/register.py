@@ -4,7 +4,7 @@ An entry; the rule and its threshold are fixed before the runs:
 
     [v10_against_uniform]
     text = "At equal size, v10 ends at a lower loss than a uniform rank."
-    suite = "evolution"                 # data/runs/evolution
+    suite = "evolution"                 # data/runs/evolution; or several of one base, ["method", "adaptivity"]
     metric = "val_loss"                 # a column of `ends`, or a function in alr/metrics.py
     arms = ["v10", "uniform"]           # value = mean of v10 - uniform; or single = "v10": the mean of one arm
     paired = true                       # the arms share seeds, hence batches: interval of the differences, else Welch's
@@ -66,6 +66,11 @@ def load(path: str | Path = REGISTER) -> dict[str, dict]:
         if claim.get("interval", "t") not in METHODS:
             raise ClaimError(f"{path}, claim {key}: interval {claim['interval']!r}; wanted {' or '.join(METHODS)}.")
     return register
+
+
+def named(claim: dict) -> tuple[str, ...]:
+    """The suites that a claim draws on."""
+    return (claim["suite"],) if isinstance(claim["suite"], str) else tuple(claim["suite"])
 
 
 def bounds(key: str, rule: str, threshold) -> tuple[float, float, bool]:

@@ -23,6 +23,7 @@
     ranks_how = "mean"                       # ... "same", "mean" (uniform, equal block parameters), "permuted" or "cut"
     set = { lr = 2e-3 }                      # optional: fields of train.Config for this arm alone
     tune = false                             # optional: leave this arm out of the tuning
+    grid = { muon_lr = [0.01, 0.02] }        # optional: this arm's own grid; `set` may hold what goes with it
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ class Arm:
     ranks_from: str | None = None
     ranks_how: str = "same"
     tune: bool = True
+    grid: dict | None = None
 
 
 @dataclass(frozen=True)
@@ -66,13 +68,17 @@ class Job:
     suite: str
     arm: Arm
     config: Config
-    tuning: bool = False
+    tuned: str | None = None            # in a run for choosing: the field of Config that is chosen
+
+    @property
+    def tuning(self) -> bool:
+        return self.tuned is not None
 
     @property
     def name(self) -> str:
         if not self.tuning:
             return f"{self.arm.name}.seed{self.config.seed}"
-        return f"tune/{self.arm.name}.lr{self.config.lr:g}.seed{self.config.seed}"
+        return f"tune/{self.arm.name}.lr{getattr(self.config, self.tuned):g}.seed{self.config.seed}"
 
     def path(self, root: Path) -> Path:
         return root / "runs" / self.suite / f"{self.name}.jsonl"
@@ -95,9 +101,17 @@ class Suite:
         """Every run that is needed to choose: arms x grid x tune seeds."""
         if self.tune is None:
             return []
-        (key, values), = self.tune.grid.items()
-        return [Job(self.name, arm, self.config(arm, seed, **self.tune.set, **{key: value}), tuning=True)
-                for arm in self.arms if arm.tune for value in values for seed in self.tune.seeds]
+        jobs = []
+        for arm in self.arms:
+            key, values = self.grid(arm)
+            jobs += [Job(self.name, arm, self.config(arm, seed, **self.tune.set, **{key: value}), tuned=key)
+                     for value in values for seed in self.tune.seeds]
+        return jobs
+
+    def grid(self, arm: Arm) -> tuple[str, list]:
+        """(field, values) that are tried for an arm; no values for one that is not tuned."""
+        (key, values), = (arm.grid or self.tune.grid).items()
+        return key, values if arm.tune else []
 
     def choose(self, root: Path) -> dict[str, dict]:
         """{arm: {field: value}} with the lowest mean final validation loss over the tune seeds; arms not yet tuned are
@@ -105,13 +119,12 @@ class Suite:
         chosen = {}
         if self.tune is None:
             return chosen
-        (key, values), = self.tune.grid.items()
         for arm in self.arms:
-            losses = {}
+            losses, (key, values) = {}, self.grid(arm)
             for job in self.tuning_jobs():
                 if job.arm == arm and job.path(root).exists():
                     losses.setdefault(getattr(job.config, key), []).append(read_end(job.path(root))["val_loss"])
-            if len(losses) == len(values) and all(len(v) == len(self.tune.seeds) for v in losses.values()):
+            if values and len(losses) == len(values) and all(len(v) == len(self.tune.seeds) for v in losses.values()):
                 chosen[arm.name] = {key: min(losses, key=lambda value: sum(losses[value]))}
         return chosen
 
@@ -129,7 +142,7 @@ class Suite:
         recipe = recipes.parse(job.arm.recipe)
         if job.arm.ranks_from is None:
             return recipe
-        source = replace(job, arm=next(a for a in self.arms if a.name == job.arm.ranks_from), tuning=False)
+        source = replace(job, arm=next(a for a in self.arms if a.name == job.arm.ranks_from), tuned=None)
         if job.tuning:                                                  # the tuned arm borrows the first seed's ranks
             source = replace(source, config=replace(source.config, seed=self.seeds[0]))
         lines = source.path(root).read_text(encoding="utf-8").splitlines()
@@ -192,6 +205,8 @@ def load(path: str | Path) -> Suite:
         where = f"{path}: arm {entry.get('name', '(no name)')!r}"
         _known(entry, {f.name for f in fields(Arm)}, where)
         _known(entry.get("set", {}), config_keys, f"{where}, set")
+        if "grid" in entry:
+            _known(entry["grid"], config_keys, f"{where}, grid")
         if "name" not in entry or "recipe" not in entry:
             raise ValueError(f"{where}: an arm needs a name and a recipe.")
         try:

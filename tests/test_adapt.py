@@ -35,7 +35,7 @@ def train(model, optimizer, adapter, steps, start=0):
     return events
 
 
-@pytest.mark.parametrize("recipe", [recipes.v10, recipes.alr])
+@pytest.mark.parametrize("recipe", [recipes.v10, recipes.repaired])
 def test_every_change_is_an_event_and_every_event_a_change(recipe):
     recipe = pace(recipe)
     model = recipe.prepare(net())
@@ -63,10 +63,10 @@ def test_dense_is_left_alone_and_uniform_holds():
 
 
 def test_break_even_caps_ranks_and_min_does_not():
-    big = replace(recipes.alr, rank=1000)
+    big = replace(recipes.repaired, rank=1000)
     assert [x.rank for x in low_rank_layers(big.prepare(net())).values()] == [19, 19, 3]      # mn // (m + n)
     assert [x.rank for x in low_rank_layers(replace(big, cap="min").prepare(net())).values()] == [32, 32, 4]
-    greedy = replace(recipes.alr, rank=16, every=1, control=Bidirectional(safety=50.0, ema=0.0, min_rank=1))
+    greedy = replace(recipes.repaired, rank=16, every=1, control=Bidirectional(safety=50.0, ema=0.0, min_rank=1))
     model = greedy.prepare(net())
     opt = torch.optim.AdamW(model.parameters())
     train(model, opt, adapter := RankAdapter(model, opt, greedy), 3)
@@ -74,7 +74,7 @@ def test_break_even_caps_ranks_and_min_does_not():
 
 
 @pytest.mark.parametrize("state", [Transport(), Reset(), Stale()])
-@pytest.mark.parametrize("recipe", [recipes.v10, recipes.alr])
+@pytest.mark.parametrize("recipe", [recipes.v10, recipes.repaired])
 def test_resume_equals_not_stopping(recipe, state):
     recipe = replace(pace(recipe), state=state)
     model = recipe.prepare(net())
@@ -98,9 +98,9 @@ def test_resume_equals_not_stopping(recipe, state):
 
 
 def test_a_forgotten_step_is_noticed_once():
-    model = pace(recipes.alr).prepare(net())
+    model = pace(recipes.repaired).prepare(net())
     opt = torch.optim.AdamW(model.parameters())
-    RankAdapter(model, opt, recipes.alr)
+    RankAdapter(model, opt, recipes.repaired)
     with pytest.warns(UserWarning, match=r"10 optimizer steps, 0 calls of adapter.step\(\)") as caught:
         for _ in range(30):
             opt.step()
@@ -108,7 +108,7 @@ def test_a_forgotten_step_is_noticed_once():
 
 
 def test_a_remembered_step_is_not_warned_about():
-    recipe = pace(recipes.alr)
+    recipe = pace(recipes.repaired)
     model = recipe.prepare(net())
     opt = torch.optim.AdamW(model.parameters())
     with warnings.catch_warnings():
@@ -117,7 +117,7 @@ def test_a_remembered_step_is_not_warned_about():
 
 
 def test_a_change_while_an_older_graph_is_alive_keeps_that_graph():
-    recipe = pace(recipes.alr)
+    recipe = pace(recipes.repaired)
     model = recipe.prepare(net())
     opt = torch.optim.AdamW(model.parameters())
     adapter = RankAdapter(model, opt, recipe)
@@ -127,7 +127,7 @@ def test_a_change_while_an_older_graph_is_alive_keeps_that_graph():
 
 
 def test_frozen_factors_stay_frozen():
-    recipe = pace(recipes.alr)
+    recipe = pace(recipes.repaired)
     model = recipe.prepare(net())
     model[0].U.requires_grad_(False)
     opt = torch.optim.AdamW(model.parameters())
@@ -136,7 +136,7 @@ def test_frozen_factors_stay_frozen():
 
 
 def test_clock_warmup_stop_and_pace():
-    recipe = replace(recipes.alr, rank=18, every=200, warmup=400, stop=1000).paced(10)
+    recipe = replace(recipes.repaired, rank=18, every=200, warmup=400, stop=1000).paced(10)
     assert (recipe.every, recipe.warmup, recipe.stop, recipe.epoch) == (10, 20, 50, 10)
     recipe = replace(recipe, estimate=StableRank(), control=Bidirectional(safety=0.1, ema=0.0, min_rank=1))
     model = recipe.prepare(net())
@@ -146,7 +146,7 @@ def test_clock_warmup_stop_and_pace():
 
 
 def test_a_diverged_layer_stops_instead_of_becoming_noise():
-    recipe = pace(recipes.alr)
+    recipe = pace(recipes.repaired)
     model = recipe.prepare(net())
     opt = torch.optim.AdamW(model.parameters())
     adapter = RankAdapter(model, opt, recipe)
@@ -164,15 +164,15 @@ def test_reprs_evaluate_back():
 def test_refusals():
     opt = torch.optim.AdamW(net().parameters())
     with pytest.raises(ValueError, match="no LowRankLinear"):
-        RankAdapter(net(), opt, recipes.alr)
+        RankAdapter(net(), opt, recipes.repaired)
     with pytest.raises(ValueError, match="wrapped in DataParallel"):
-        RankAdapter(nn.DataParallel(net()), opt, recipes.alr)
+        RankAdapter(nn.DataParallel(net()), opt, recipes.repaired)
 
 
 def test_the_whole_price_of_adoption():
     model = net()
     alr.factorize_(model, rank=16, where=lambda name: name != "4")
     optimizer = torch.optim.AdamW(model.parameters())
-    adapter = RankAdapter(model, optimizer, recipes.alr)
+    adapter = RankAdapter(model, optimizer, recipes.repaired)
     train(model, optimizer, adapter, 3)
-    assert isinstance(recipes.alr, Recipe) and set(adapter.ranks) == {"0", "2"}
+    assert isinstance(recipes.repaired, Recipe) and set(adapter.ranks) == {"0", "2"}

@@ -54,6 +54,18 @@ def test_pairing_decides_what_the_seeds_would_hide(root):
     assert pairs["value"] == loose["value"] and (pairs["verdict"], loose["verdict"]) == ("supported", "undecided")
 
 
+def test_arms_of_two_suites_are_compared_by_seed(root, tmp_path):
+    suite(tmp_path / "a", {"better": BETTER})
+    suite(tmp_path / "b", {"worse": WORSE})
+    both = one(tmp_path, suite=["a", "b"])
+    assert {k: both[k] for k in ("value", "low", "high", "n", "verdict")} == \
+        {k: one(root)[k] for k in ("value", "low", "high", "n", "verdict")}
+    assert "data/runs/a, data/runs/b" in both["source"]
+    suite(tmp_path / "b", {"better": BETTER})
+    with pytest.raises(ValueError, match="both have better.seed0"):
+        one(tmp_path, suite=["a", "b"])
+
+
 def test_too_few_runs_are_undecided_whatever_the_value(root):
     for arms in (["lonely", "better"], ["better", "lonely"]):
         for paired in (True, False):

@@ -1,0 +1,151 @@
+"""What the factors alone do not show: the inputs that a layer sees, and the gradient of the whole W.
+
+Dims: m out_features, n in_features, r rank, B rows of a batch (all leading dims flattened).  x (B, n), h = x V^T (B, r),
+y = h U^T (B, m), W = U V (m, n), G = dloss/dW (m, n).
+
+An axis value that needs them has `attach(adapter)`, which calls `watch`; the hooks work on the steps that end in a
+decision and on no other, so they cost nothing in between.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .factor import core, grow, svd_core
+
+
+def watch(adapter, hidden: bool = False, gradient: bool = False, steps: int = 1) -> None:
+    """Keep, on every low-rank layer, what its last `steps` batches before a decision have shown.
+
+    hidden: layer.hidden = mean of h h^T (r, r).  gradient: layer.dense_gradient = sum of G (m, n), as large as W.
+    """
+    def due():
+        r, now = adapter.recipe, adapter.steps + 1                  # the step whose forward this is
+        wait = -(now - r.offset) % r.every                          # steps until the next decision
+        return wait < steps and (r.stop is None or now + wait <= r.stop)
+
+    def before(layer, args):
+        if not due() or not torch.is_grad_enabled():
+            return
+        x = args[0].detach().flatten(0, -2)                         # (B, n)
+        if hidden:
+            h = x.to(layer.V.dtype) @ layer.V.detach().mT           # (B, r)
+            H = h.mT @ h / len(h)                                   # (r, r)
+            old = getattr(layer, "hidden", None)
+            layer.hidden = H if old is None or old.shape != H.shape else old + (H - old) / steps
+        if gradient:
+            layer.seen = x
+
+    def after(layer, _, grads):
+        if getattr(layer, "seen", None) is None or grads[0] is None:
+            return
+        g = grads[0].detach().flatten(0, -2)                        # (B, m)
+        G = g.mT @ layer.seen.to(g.dtype)                           # (m, n)
+        old = getattr(layer, "dense_gradient", None)
+        layer.dense_gradient, layer.seen = G if old is None else old + G, None
+
+    for layer in adapter.layers.values():
+        layer.register_forward_pre_hook(before)
+        if gradient:
+            layer.register_full_backward_hook(after)
+
+
+# ------------------------------------------------------------------------------------------- worth of directions
+
+def output_energy(U: Tensor, V: Tensor, hidden: Tensor) -> Tensor:
+    """Mean square of the layer's output along its own principal directions, falling: eigenvalues of U H U^T.
+
+    With inputs of identity covariance these are the s_j^2.  hidden H = mean of h h^T (r, r).  -> (r,) float64, CPU.
+    """
+    H = hidden.double().cpu()                                       # (r, r)
+    L, info = torch.linalg.cholesky_ex(H + torch.eye(len(H), dtype=H.dtype) * 1e-12 * H.diagonal().sum())
+    if info.item():
+        raise FloatingPointError("output_energy: the inputs' second moment is not finite; the model has diverged.")
+    UL = U.detach().double().cpu() @ L                              # (m, r)
+    return torch.linalg.eigvalsh(UL.mT @ UL).clamp_min(0).flip(0)   # (r,)
+
+
+def loss_lost(U: Tensor, V: Tensor, grad_U: Tensor) -> Tensor:
+    """By how much the loss would change, to first order, without each singular direction: |s_j p_j^T G z_j|.
+
+    From the factor's own gradient, G is not needed: s_j p_j^T G z_j = (U A)_j^T (g_U B^T)_j / s_j, with A, B of
+    `factor.core`.  In the order of the singular values, which it need not follow.  -> (r,) float64, CPU.
+    """
+    S, A, B = core(U, V)                                            # (r,), (r, r), (r, r)
+    M = (U.detach().double().mT @ grad_U.double()).cpu()            # (r, r)
+    return ((A.mT @ M) * B).sum(1).abs() / S.clamp_min(S[0] * 1e-12)        # (r,)
+
+
+@dataclass(frozen=True)
+class OutputSpectrum:
+    """Worth by what reaches the next layer: shares of the output's energy, which depend on the inputs too."""
+
+    relative: bool = True
+
+    def attach(self, adapter) -> None:
+        watch(adapter, hidden=True)
+
+    def __call__(self, layer) -> tuple[float, ...]:
+        if getattr(layer, "hidden", None) is None or len(layer.hidden) != layer.rank:
+            return (1.0 / layer.rank,) * layer.rank                 # nothing seen yet: all alike
+        e = output_energy(layer.U, layer.V, layer.hidden)           # (r,)
+        return tuple((e / e.sum() if self.relative and e[0] > 0 else e).tolist())
+
+
+@dataclass(frozen=True)
+class LossSpectrum:
+    """Worth by what the loss would lose: first order, from the gradient of the last batch, sorted."""
+
+    def __call__(self, layer) -> tuple[float, ...]:
+        if layer.U.grad is None:
+            raise RuntimeError("LossSpectrum: the layer has no gradient; call adapter.step() before gradients are zeroed.")
+        return tuple(loss_lost(layer.U, layer.V, layer.U.grad).sort(descending=True).values.tolist())
+
+
+# ------------------------------------------------------------------------------------------------------- growth
+
+def grow_along(U: Tensor, V: Tensor, k: int, G: Tensor) -> tuple[Tensor, Tensor]:
+    """Add k - r directions where the loss falls fastest, and leave W as it was.
+
+    New rows of V are the leading right singular vectors of (I - P_U) G (I - P_V), the part of the gradient that no
+    change of the present factors reaches; new columns of U are zero, so their first gradient is G v, the largest there
+    is.  Length of the rows: the mean length of V's.  (m, r), (r, n), (m, n) -> (m, k), (k, n).
+    """
+    r = U.shape[1]
+    U2, V2 = grow(U, V, k)                                          # checks k; random rows where G runs out
+    Qu = torch.linalg.qr(U.detach().double().cpu()).Q               # (m, r)
+    Qv = torch.linalg.qr(V.detach().double().cpu().mT).Q            # (n, r)
+    R = G.detach().double().cpu()                                   # (m, n)
+    R = R - Qu @ (Qu.mT @ R)
+    R = R - (R @ Qv) @ Qv.mT
+    if k == r or not R.norm() > 1e-12 * G.norm():
+        return U2, V2
+    Z = torch.linalg.svd(R, full_matrices=False).Vh[:k - r]         # (<= k - r, n)
+    length = V.detach().norm(dim=1).mean()
+    V2[r:r + len(Z)] = (Z / Z.norm(dim=1, keepdim=True)).to(V2) * length
+    return U2, V2
+
+
+@dataclass(frozen=True)
+class GrowAlongGradient:
+    """Shrink by the core's SVD, grow along the gradient of the last `steps` batches: ours."""
+
+    steps: int = 4                      # ours
+
+    def attach(self, adapter) -> None:
+        watch(adapter, gradient=True, steps=self.steps)
+
+    def of(self, layer):
+        """The resize of one layer, which knows its gradient; the gradient is used up."""
+        def resize(U, V, k):
+            G = layer.__dict__.pop("dense_gradient", None)
+            if k <= U.shape[1]:
+                return svd_core(U, V, k)
+            return grow(U, V, k) if G is None else grow_along(U, V, k, G)
+        return resize
+
+    def __call__(self, U: Tensor, V: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        return svd_core(U, V, k) if k <= U.shape[1] else grow(U, V, k)
