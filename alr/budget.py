@@ -16,8 +16,10 @@ def size(ranks: Sequence[int], shapes: Sequence[tuple[int, int]]) -> int:
 
 
 def allocate(worths: Sequence[Sequence[float]], shapes: Sequence[tuple[int, int]], parameters: float, least: int = 1,
-             caps: Sequence[int] | None = None, multiple: int = 1) -> list[int]:
+             caps: Sequence[int] | None = None, multiple: int = 1, per_parameter: bool = True) -> list[int]:
     """Ranks that keep the most worth for at most `parameters`: directions by worth per parameter, dearest last.
+
+    per_parameter=False: by worth alone, so that layers of like spectra get like ranks, whatever their shapes.
 
     worths falling within a layer, so the greedy choice never takes a direction before a better one of its layer.
     Every layer keeps `least` directions, whatever they cost; none has more than its worths, or its cap.
@@ -26,11 +28,12 @@ def allocate(worths: Sequence[Sequence[float]], shapes: Sequence[tuple[int, int]
     tops = [min(len(w), caps[i] if caps else len(w)) for i, w in enumerate(worths)]
     ranks = [min(top, -(-least // multiple) * multiple) for top in tops]
     left = parameters - size(ranks, shapes)
-    blocks = []                                                     # (worth per parameter, layer, end, cost)
+    blocks = []                                                     # (priority, layer, end, cost)
     for i, (w, (m, n)) in enumerate(zip(worths, shapes, strict=True)):
         for start in range(ranks[i], tops[i], multiple):
             end = min(start + multiple, tops[i])
-            blocks.append((sum(w[start:end]) / ((end - start) * (m + n)), i, end, (end - start) * (m + n)))
+            worth, cost = sum(w[start:end]) / (end - start), (end - start) * (m + n)
+            blocks.append((worth / (m + n) if per_parameter else worth, i, end, cost))
     blocked = set()                                                 # a layer whose next block did not fit
     for _, i, end, cost in sorted(blocks, key=lambda b: (-b[0], b[1], b[2])):
         if i in blocked or cost > left:
@@ -55,6 +58,7 @@ class Budget:
     end: float = 0.5
     min_rank: int = 4
     multiple: int = 1
+    per_parameter: bool = False         # True starves wide layers: one of their directions costs more
     wants_length = True                 # RankAdapter refuses it without total_steps
 
     def init(self, ranks):
@@ -67,7 +71,8 @@ class Budget:
         room = end + (start - end) * (1 - x) ** 3
         if x <= 0 or size(ranks, signal.shapes) <= room:
             return list(ranks), memory
-        return allocate(targets, signal.shapes, room, self.min_rank, ranks, self.multiple), memory
+        return allocate(targets, signal.shapes, room, self.min_rank, ranks, self.multiple,
+                        self.per_parameter), memory
 
 
 @dataclass(frozen=True)

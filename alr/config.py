@@ -49,7 +49,7 @@ class Config:
     optimizer: Literal["adamw", "adam", "sgd", "muon", "pairs"] = "adamw"   # muon: on block matrices, pairs: on factors
     lr: float = 3e-4                    # learning rate (with muon and pairs: of AdamW, on the rest)
     muon_lr: float = 0.02               # learning rate of Muon
-    pairs_lr: float = 0.03              # radius of the pair optimizer: spectral norm of a step of W
+    pairs_lr: float = 0.015             # radius of the pair optimizer: spectral norm of a step of W
     momentum: float = 0.9               # of SGD
     weight_decay: float = 0.01          # on every parameter; decoupled for adamw and muon, an L2 term for adam and sgd
     schedule: Literal["constant", "cosine"] = "constant"    # cosine: from --lr at the end of the warm-up to 0

@@ -55,7 +55,7 @@ class PairOptimizer(Optimizer):
     changes.  sigma_max comes from one power iteration a step, started from the last one's vector.
 
     pairs: (U, V) by layer, for instance `pairs(model)`; every other parameter belongs to another optimizer.
-    lr: radius in spectral norm (0.03: ours, from the suite `method`).  momentum 0.95, nesterov: Muon's.
+    lr: radius in spectral norm (0.015: ours, from single runs before the suite `method`).  momentum 0.95, nesterov: Muon's.
     weight_decay: decoupled, of both factors by half, so that W shrinks by lr * weight_decay.
     State per factor: momentum_buffer, and `direction` (L,), which no change of rank touches.  `Transport` carries both.
     ValueError: a parameter list that is not pairs of fitting shapes.
@@ -63,7 +63,7 @@ class PairOptimizer(Optimizer):
 
     transportable = True
 
-    def __init__(self, pairs: Iterable[tuple[nn.Parameter, nn.Parameter]], lr: float = 0.03, momentum: float = 0.95,
+    def __init__(self, pairs: Iterable[tuple[nn.Parameter, nn.Parameter]], lr: float = 0.015, momentum: float = 0.95,
                  nesterov: bool = True, weight_decay: float = 0.0, ns_steps: int = 5):
         flat = [p for pair in pairs for p in pair]
         if not flat:
@@ -152,7 +152,7 @@ def pairs(model: nn.Module) -> list[tuple[nn.Parameter, nn.Parameter]]:
     return [(layer.U, layer.V) for layer in low_rank_layers(model).values()]
 
 
-def optimizers(model: nn.Module, lr: float = 0.03, weight_decay: float = 0.0, rest_lr: float = 1e-3,
+def optimizers(model: nn.Module, lr: float = 0.015, weight_decay: float = 0.0, rest_lr: float = 1e-3,
                rest_weight_decay: float = 0.01, **adamw) -> list[Optimizer]:
     """What to train a factorised model with: [PairOptimizer on its factors, AdamW on everything else].
 
