@@ -6,10 +6,11 @@ Not collected by `make test`: machines are noisy.  Read the ratio of medians wit
 import pytest
 import torch
 
-from alr import LowRankLinear, RankAdapter, recipes
+from alr import LowRankLinear, low_rank_layers, recipes
 from alr.estimate import stable_rank, stable_rank_power
 from alr.factor import svd_core, svd_full
 from alr.model import GPT, GPTConfig
+from alr.pairs import PairOptimizer, pairs
 
 
 def factors(m, n, r):
@@ -51,22 +52,25 @@ def bench_layer(benchmark, way, n, m):
     benchmark.pedantic(step, rounds=30, warmup_rounds=5)
 
 
-@pytest.mark.parametrize("what", ["one training step", "rank check of all 36 layers"])
-def bench_rank_check(benchmark, what):
+STEP = ["forward + backward", "AdamW on the factors", "pair optimizer on the factors", "rank check of all 36 layers (repaired)",
+        "worths of all 36 layers (alr)"]
+
+
+@pytest.mark.parametrize("what", STEP)
+def bench_step(benchmark, what):
     """The seed's model: 6 blocks, d 512, FFN 2048, block 256, batch 32, 33,277 words (here batch 4: a step in seconds)."""
-    benchmark.group = "the seed's model"
+    benchmark.group = "the seed's model at rank 64, batch 4 instead of 32"
     torch.manual_seed(0)
-    model = recipes.alr.prepare(GPT(GPTConfig(vocab_size=33_277)), where=lambda name: name != "head")
-    optimizer = torch.optim.AdamW(model.parameters())
-    adapter = RankAdapter(model, optimizer, recipes.alr)
-    x = torch.randint(33_277, (4, 256))
+    model = recipes.repaired.prepare(GPT(GPTConfig(vocab_size=33_277)), where=lambda name: name != "head")
+    x, factors = torch.randint(33_277, (4, 256)), [p for pair in pairs(model) for p in pair]
+    layers = list(low_rank_layers(model).values())
 
     def step():
         model.zero_grad()
         torch.nn.functional.cross_entropy(model(x).flatten(0, 1), x.flatten()).backward()
-        optimizer.step()
 
-    def check():
-        return [recipes.alr.estimate(layer) for layer in adapter.layers.values()]
-
-    benchmark.pedantic(step if what.startswith("one") else check, rounds=2 if what.startswith("one") else 10, warmup_rounds=1)
+    step()
+    work = dict(zip(STEP, [step, torch.optim.AdamW(factors, fused=True).step, PairOptimizer(pairs(model)).step,
+                           lambda: [recipes.repaired.estimate(layer) for layer in layers],
+                           lambda: [recipes.alr.estimate(layer) for layer in layers]]))[what]
+    benchmark.pedantic(work, rounds=3 if what == STEP[0] else 10, warmup_rounds=1)

@@ -25,6 +25,7 @@ from alr.workers import Workers
 
 # one rank less in every step
 QUICK = 'replace({0}, every=50, cap="min", control=each({0}.control, safety=0.4, ema=0.0, max_step=1){1})'
+SHRINK = "replace(alr, every=50, control=Budget(share=0.05, begin=0.2, end=1.2, min_rank=1){0})"
 TIMES = {"seconds", "tokens_per_s", "time_sec", "peak_memory_mb", "digest", "started", "resumed"}
 
 
@@ -186,9 +187,11 @@ def test_the_seed_decides_everything(small):
 @pytest.mark.parametrize("changes", [
     dict(recipe=QUICK.format("v10", "")),
     dict(recipe=QUICK.format("v10", ", state=Stale()")),
-    dict(recipe=QUICK.format("alr", ""), schedule="cosine", warmup_steps=3, grad_clip=0.5),
-    dict(recipe=QUICK.format("alr", ""), optimizer="muon", tied=True),
-    dict(recipe=QUICK.format("alr", ""), model="mlp", optimizer="sgd"),
+    dict(recipe=QUICK.format("repaired", ""), schedule="cosine", warmup_steps=3, grad_clip=0.5),
+    dict(recipe=QUICK.format("repaired", ""), optimizer="muon", tied=True),
+    dict(recipe=QUICK.format("repaired", ""), model="mlp", optimizer="sgd"),
+    dict(recipe=SHRINK.format(""), optimizer="pairs"),
+    dict(recipe=SHRINK.format(", estimate=OutputSpectrum(), resize=GrowAlongGradient()"), optimizer="pairs"),
     dict(recipe="dense", init_rank=None, min_rank=None)])
 @pytest.mark.parametrize("step", [4, 6])
 def test_resume_equals_not_stopping(small, tmp_path, changes, step):
@@ -411,9 +414,9 @@ def test_clipping_bounds_the_gradient_and_logs_it_unclipped(small):
 
 @pytest.mark.parametrize("changes", [
     dict(optimizer="adam"), dict(optimizer="sgd"), dict(optimizer="muon"), dict(model="mlp"),
-    dict(precision="bfloat16"), dict(causal=False), dict(tied=True)])
+    dict(precision="bfloat16"), dict(causal=False), dict(tied=True), dict(recipe="alr", optimizer="pairs")])
 def test_every_setting_learns(small, changes):
-    run = train(replace(small, recipe="alr", epochs=4, steps_per_epoch=10, **changes), quiet=True)
+    run = train(replace(small, **dict(recipe="repaired", epochs=4, steps_per_epoch=10) | changes), quiet=True)
     first, last = (next(x["val_loss"] for x in log if x["kind"] == "epoch") for log in (run.log, run.log[::-1]))
     assert last < first - 0.05
 
@@ -491,7 +494,7 @@ def two_processes(config, interrupt=False):
 
 
 def test_two_processes_equal_one_and_stop_together(small, tmp_path):
-    small = replace(small, recipe=QUICK.format("alr", "").replace("50", "150"), dropout=0.0, steps_per_epoch=7)
+    small = replace(small, recipe=QUICK.format("repaired", "").replace("50", "150"), dropout=0.0, steps_per_epoch=7)
     one = train(small, quiet=True)
     out = replace(small, out=str(tmp_path))
     assert two_processes(out, interrupt=True) == [130, 130]
