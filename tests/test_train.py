@@ -25,7 +25,7 @@ from alr.workers import Workers
 
 # one rank less in every step
 QUICK = 'replace({0}, every=50, cap="min", control=each({0}.control, safety=0.4, ema=0.0, max_step=1){1})'
-SHRINK = "replace(alr, every=50, control=Budget(share=0.05, begin=0.2, end=1.2, min_rank=1){0})"
+SHRINK = "replace(alr, every=50, control=Budget(share=0.05, begin=0.1, end=1.2, min_rank=1){0})"
 TIMES = {"seconds", "tokens_per_s", "time_sec", "peak_memory_mb", "digest", "started", "resumed"}
 
 
