@@ -52,6 +52,7 @@ class Config:
     pairs_lr: float = 0.015             # radius of the pair optimizer: spectral norm of a step of W
     momentum: float = 0.9               # of SGD
     weight_decay: float = 0.01          # on every parameter; decoupled for adamw and muon, an L2 term for adam and sgd
+    decay: Literal["factors", "product"] = "factors"        # of low-rank layers: decay U and V, or W = U V (Frobenius)
     schedule: Literal["constant", "cosine"] = "constant"    # cosine: from --lr at the end of the warm-up to 0
     warmup_steps: int = 0               # optimizer steps of linear warm-up
     grad_clip: float | None = None      # largest norm of the whole gradient; no limit if not said
@@ -80,6 +81,7 @@ class Config:
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}; wanted 0 or more.")
         for name, known in (("model", ("gpt", "mlp")), ("schedule", ("constant", "cosine")),
+                            ("decay", ("factors", "product")),
                             ("precision", ("auto", "float32", "bfloat16")),
                             ("optimizer", ("adamw", "adam", "sgd", "muon", "pairs"))):
             if getattr(self, name) not in known:

@@ -142,6 +142,20 @@ def factorize_(model: nn.Module, rank: int | Mapping[str, int] | Callable[[str, 
 
 
 @torch.no_grad()
+def product_decay_(model: nn.Module, amount: float) -> None:
+    """One step of decay on the products: the gradient step of amount/2 ||U V||_F^2 on every low-rank layer, in place.
+
+    U -= amount U V V^T, V -= amount U^T U V: strong directions shrink, weak ones hardly (Frobenius decay, Khodak et al.
+    2021), where decay on the factors pulls all alike and so pulls ranks down, like a nuclear norm.  O((m + n) r^2).
+    """
+    for layer in low_rank_layers(model).values():
+        U, V = layer.U, layer.V                                     # (m, r), (r, n)
+        down_U, down_V = U @ (V @ V.mT), (U.mT @ U) @ V             # (m, r), (r, n)
+        U.sub_(down_U, alpha=amount)
+        V.sub_(down_V, alpha=amount)
+
+
+@torch.no_grad()
 def densify_(model: nn.Module) -> nn.Module:
     """Replace every LowRankLinear by the nn.Linear of weight U V, in place; returns the model.  Make the optimizer anew."""
     _refuse_wrapped(model, "densify_")

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from .adapt import Resize
 from .data import IGNORE, SPLITS, Batches, blocks
 from .device import autocast, forget_peak_memory, peak_memory_mb
+from .linear import product_decay_
 from .model import count_parameters
 from .run import Run
 from .stop import Stop
@@ -137,6 +138,8 @@ class Loop:
             norm = nn.utils.get_total_norm([p.grad for p in run.model.parameters() if p.grad is not None])
         for optimizer in run.optimizers:
             optimizer.step()
+        if c.decay == "product":
+            product_decay_(run.model, run.optimizer.param_groups[0]["lr"] * c.weight_decay)
         run.step += 1
         run.running += loss.detach()                    # stays on the device: reading it would make the host wait
         events = self.decide()

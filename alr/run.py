@@ -181,20 +181,25 @@ def make_optimizers(config: Config, model: nn.Module, device: torch.device) -> l
     "pairs", ours on the factors of low-rank layers and AdamW on the rest."""
     fused = {"fused": True} if device.type in ("cuda", "cpu") else {}
     lr, decay = config.lr, config.weight_decay
+    factors = {id(p) for pair in pairs.pairs(model) for p in pair} if config.decay == "product" else set()
+    def split(params):                                              # decay of the product is the loop's, see Loop.step
+        groups = [{"params": [p for p in params if id(p) not in factors]},
+                  {"params": [p for p in params if id(p) in factors], "weight_decay": 0.0}]
+        return [group for group in groups if group["params"]]
     if config.optimizer == "muon":
         tables = {id(p) for mod in model.modules() if isinstance(mod, nn.Embedding) for p in mod.parameters()}
         named = list(model.named_parameters())
         matrices = [p for name, p in named if p.dim() == 2 and id(p) not in tables and "head" not in name.split(".")]
         chosen = {id(p) for p in matrices}
-        made = [torch.optim.Muon(matrices, config.muon_lr, weight_decay=decay),
+        made = [torch.optim.Muon(split(matrices), config.muon_lr, weight_decay=decay),
                 torch.optim.AdamW([p for _, p in named if id(p) not in chosen], lr, weight_decay=decay, **fused)]
     elif config.optimizer == "pairs":
-        made = pairs.optimizers(model, config.pairs_lr, decay, lr, decay, **fused)
+        made = pairs.optimizers(model, config.pairs_lr, 0.0 if factors else decay, lr, decay, **fused)
     elif config.optimizer == "sgd":
-        made = [torch.optim.SGD(model.parameters(), lr, config.momentum, weight_decay=decay, **fused)]
+        made = [torch.optim.SGD(split(list(model.parameters())), lr, config.momentum, weight_decay=decay, **fused)]
     else:
         kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
-        made = [kind(model.parameters(), lr, weight_decay=decay, **fused)]
+        made = [kind(split(list(model.parameters())), lr, weight_decay=decay, **fused)]
     for optimizer in made:
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]                       # what the schedule multiplies

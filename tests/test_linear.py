@@ -9,6 +9,7 @@ from torch import nn
 import alr
 from alr import LowRankLinear, densify_, factorize_, low_rank_layers
 from alr.init import Gaussian, Normal, Spectral
+from alr.linear import product_decay_
 
 close = torch.testing.assert_close
 
@@ -142,3 +143,17 @@ def test_a_refused_model_is_untouched():
 def test_a_tied_head_can_be_left_out():
     model = factorize_(Net(tied=True), 8, where=lambda name: name != "head")
     assert list(low_rank_layers(model)) == ["up", "down"] and model.head.weight is model.wte.weight
+
+
+def test_product_decay_is_the_gradient_step_of_the_products_norm():
+    torch.manual_seed(0)
+    model = alr.factorize_(nn.Sequential(nn.Linear(9, 7), nn.Linear(7, 5)), rank=3)
+    layer = model[0]
+    U, V = layer.U.detach().clone(), layer.V.detach().clone()
+    (0.5 * (layer.U @ layer.V).square().sum()).backward()
+    want = U - 0.1 * layer.U.grad, V - 0.1 * layer.V.grad
+    bias = layer.bias.detach().clone()
+    product_decay_(model, 0.1)
+    torch.testing.assert_close(layer.U.detach(), want[0])
+    torch.testing.assert_close(layer.V.detach(), want[1])
+    assert torch.equal(layer.bias, bias)

@@ -413,7 +413,8 @@ def test_clipping_bounds_the_gradient_and_logs_it_unclipped(small):
 
 
 @pytest.mark.parametrize("changes", [
-    dict(optimizer="adam"), dict(optimizer="sgd"), dict(optimizer="muon"), dict(model="mlp"),
+    dict(optimizer="adam"), dict(optimizer="sgd"), dict(optimizer="muon"), dict(model="mlp"), dict(decay="product"),
+    dict(optimizer="muon", decay="product"), dict(recipe="alr", optimizer="pairs", decay="product"),
     dict(precision="bfloat16"), dict(causal=False), dict(tied=True), dict(recipe="alr", optimizer="pairs")])
 def test_every_setting_learns(small, changes):
     run = train(replace(small, **dict(recipe="repaired", epochs=4, steps_per_epoch=10) | changes), quiet=True)
