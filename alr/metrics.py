@@ -50,6 +50,11 @@ def role_rank(run: Runs, suite: Runs, role: str) -> float:
     return float(last.loc[last["role"] == role, "rank"].mean())
 
 
+def mean_rank_at(run: Runs, suite: Runs, epoch: int) -> float:
+    """The mean rank over all layers at the end of that epoch; NaN when the run is shorter or dense."""
+    return float(run.ranks.loc[run.ranks["epoch"] == epoch, "rank"].mean())
+
+
 def role_gap(run: Runs, suite: Runs, role: str, other: str) -> float:
     """How much more final rank the layers of one role have than those of another, on average."""
     return role_rank(run, suite, role) - role_rank(run, suite, other)
@@ -78,4 +83,4 @@ def growth_moves(run: Runs, suite: Runs) -> float:
 
 
 METRICS = {f.__name__: f for f in (steps_to_loss, seconds_to_loss, best_val_loss, val_loss_at, role_rank, role_gap,
-                                   shrink_after_drop, lowest_of_suite, growth_moves)}
+                                   mean_rank_at,                                   shrink_after_drop, lowest_of_suite, growth_moves)}

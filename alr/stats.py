@@ -117,6 +117,26 @@ def mean(x: Sequence[float], method: str = "t", level: float = 0.95) -> Interval
     return around(value, math.sqrt(variance(x) / n), n - 1, n, level)
 
 
+def permutation(table: Sequence[Sequence[float]], draws: int = 10_000) -> tuple[float, float]:
+    """Do columns differ?  (variance of the column means, share of row-wise shuffles whose variance is at least as large).
+
+    Rows are strata (a block of a run), columns are kinds (roles of layers): if kinds did not matter, the numbers of a
+    row could stand in any order.  Seeded, so that it is the same everywhere; the share is at least 1 / (draws + 1).
+    ValueError for rows of unlike length or fewer than two columns.
+    """
+    rows = [list(row) for row in table]
+    if not rows or len(rows[0]) < 2 or len({len(row) for row in rows}) > 1:
+        raise ValueError("permutation: wanted rows of one length, with two columns or more.")
+    def spread():
+        return variance([average(column) for column in zip(*rows)])
+    seen, rng, hits = spread(), random.Random(0), 1
+    for _ in range(draws):
+        for row in rows:
+            rng.shuffle(row)
+        hits += spread() >= seen * (1 - 1e-12)
+    return seen, hits / (draws + 1)
+
+
 def compare(a: Sequence[float], b: Sequence[float], paired: bool, method: str = "t", level: float = 0.95) -> Interval:
     """mean(a) - mean(b), with its interval.
 
