@@ -7,12 +7,15 @@ Pure functions of tensors first, then the frozen values that a recipe names: `es
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .factor import gram, singular_values
+from .init import Spectral
 
 
 def power_sigma(W: Tensor, iters: int) -> Tensor:
@@ -149,3 +152,22 @@ class Spectrum:
         if self.relative and energy[0] > 0:
             energy = energy / energy.sum()
         return tuple(energy.tolist())
+
+
+@lru_cache(maxsize=1024)
+def fresh_stable_rank(m: int, n: int, r: int, init: Callable, draws: int = 3) -> float:
+    """The mean stable rank of layers of that shape and rank as `init` starts them.  torch's generator is left alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return sum(stable_rank(*init(torch.nn.Linear(n, m, bias=False).weight.detach(), r)) for _ in range(draws)) / draws
+
+
+@dataclass(frozen=True)
+class ScaledStableRank:
+    """r times the stable rank over its value for a fresh layer of the same shape and rank: r means "as it started"."""
+
+    init: Callable = Spectral()
+
+    def __call__(self, layer) -> float:
+        m, n, r = layer.out_features, layer.in_features, layer.rank
+        return r * stable_rank(layer.U, layer.V) / fresh_stable_rank(m, n, r, self.init)

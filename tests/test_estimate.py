@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from alr import LowRankLinear
-from alr.estimate import (EffectiveRank, SpectralShare, StableRank, StableRankPower, effective_rank, share_rank,
+from alr.estimate import (EffectiveRank, ScaledStableRank, SpectralShare, StableRank, StableRankPower, effective_rank, share_rank,
                           stable_rank, stable_rank_exact, stable_rank_power)
+from alr.init import Gaussian
 
 
 def layer(m=64, n=48, r=16, seed=0):
@@ -73,3 +74,15 @@ def test_an_estimate_takes_a_layer_and_stays_within_its_rank(estimate):
     value = estimate(low)
     assert isinstance(value, float) and 1 <= value <= low.rank + 1e-3
     assert eval(repr(estimate)) == estimate
+
+
+def test_scaled_stable_rank_of_a_fresh_layer_is_its_rank():
+    torch.manual_seed(5)
+    layer = LowRankLinear(40, 60, 12, bias=False)
+    state = torch.get_rng_state()
+    assert ScaledStableRank()(layer) == pytest.approx(12, rel=0.1)
+    assert torch.equal(state, torch.get_rng_state()), "a measurement draws no random number of the run's"
+    with torch.no_grad():
+        layer.U[:, 0] *= 10                                         # one direction outgrows the others
+    assert ScaledStableRank()(layer) < 6
+    assert ScaledStableRank(init=Gaussian()) != ScaledStableRank()
