@@ -77,6 +77,8 @@ def seconds(suite: Suite, job: Job, root: Path) -> float | None:
     """How long a run will take: the mean of this arm's records, else of the suite's, else not known."""
     times = {}
     for path in (root / "runs" / suite.name).rglob("*.jsonl"):
+        if path.parent.name.startswith(".running-"):                    # of a sweep that is at work
+            continue
         end = suites.read_end(path)
         times.setdefault(path.name.split(".seed")[0].split(".lr")[0], []).append(sum(end["seconds"].values()))
     known = times.get(job.arm.name) or [t for ts in times.values() for t in ts]
