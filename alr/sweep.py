@@ -28,10 +28,14 @@ NOT_COMPARED = {"seconds", "tokens_per_s", "time_sec", "peak_memory_mb", "digest
                 "command", "config", "resumed"}     # differ between two honest runs of the same thing
 
 
+USED_BY = {"muon_lr": "muon", "pairs_lr": "pairs", "momentum": "sgd"}    # setting -> the one optimizer that reads it
+
+
 def configuration(job: Job) -> dict:
-    """What of a Config decides a run's numbers, as a log has it."""
+    """What of a Config decides a run's numbers, as a log has it: not the rate of an optimizer that is not used."""
     settings = json.loads(json.dumps(job.config.describe()))
-    return {k: v for k, v in settings.items() if k not in ("device", "threads")}
+    return {k: v for k, v in settings.items()
+            if k not in ("device", "threads") and USED_BY.get(k, job.config.optimizer) == job.config.optimizer}
 
 
 def recorded(job: Job, recipe, root: Path) -> bool:
@@ -42,7 +46,7 @@ def recorded(job: Job, recipe, root: Path) -> bool:
     with open(path, encoding="utf-8") as lines:
         first = json.loads(next(lines))
     now = configuration(job)
-    was = configuration(replace(job, config=Config())) | first["config"]    # a setting younger than the record: its default
+    was = Config().describe() | first["config"]         # a setting younger than the record stood at its default
     return first["recipe"] == repr(recipe) and {k: was[k] for k in now} == now
 
 
