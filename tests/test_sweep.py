@@ -178,3 +178,19 @@ def test_one_cut_lands_on_the_borrowed_ranks(make):
     a, b = (lines(root / "runs" / "toy" / f"{arm}.seed0.jsonl") for arm in ("alr", "held"))
     assert a[-1]["ranks"] == b[-1]["ranks"]
     assert {line["step"] for line in b if line["kind"] == "resize"} == {6}
+
+
+def test_a_setting_that_the_run_does_not_read_makes_no_other_run(make):
+    suite, root = make()
+    sweep.sweep(suite, root=root)
+    job = suite.jobs(root)[0]
+    path = job.path(root)
+    first, rest = path.read_text(encoding="utf-8").split("\n", 1)
+    line = json.loads(first)
+
+    def is_there(**config):
+        changed = {k: v for k, v in (line["config"] | config).items() if v != "gone"}
+        path.write_text(json.dumps(line | {"config": changed}) + "\n" + rest, encoding="utf-8")
+        return sweep.recorded(job, suite.recipe(job, root), root)
+    assert is_there() and is_there(pairs_lr=0.5) and is_there(muon_lr="gone") and is_there(decay="gone")
+    assert not is_there(lr=0.5) and not is_there(optimizer="sgd")
