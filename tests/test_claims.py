@@ -134,7 +134,6 @@ def test_metrics_of_curves(tmp_path):
     assert value("best_val_loss") == 4.05 and value("val_loss_at", epoch=1) == 5.55
     assert value("role_rank", role="o") == 64 + 3 - 5 * 4 and value("growth_moves") == 0
     assert value("role_gap", role="o", other="q") == 3 and value("role_gap", role="q", other="down") == -5
-    assert value("wide_gap") == (4 + 5) / 2 - (0 + 1 + 2 + 3) / 4
     assert value("mean_rank_at", epoch=1) > value("mean_rank_at", epoch=6) and value("mean_rank_at", epoch=99) is None
     assert value("lowest_of_suite", "dense") == value("best_val_loss")  # alr's, at the same seed
     c = one(tmp_path, arms=["alr", "dense"], metric="steps_to_loss", ratio=True, rule="<", threshold=0.9,
