@@ -60,12 +60,6 @@ def role_gap(run: Runs, suite: Runs, role: str, other: str) -> float:
     return role_rank(run, suite, role) - role_rank(run, suite, other)
 
 
-def wide_gap(run: Runs, suite: Runs) -> float:
-    """How much more final rank the wide layers (up, down) have than q, k, v and o: the difference of the roles' means."""
-    wide, square = ([role_rank(run, suite, role) for role in roles] for roles in (("up", "down"), ("q", "k", "v", "o")))
-    return math.fsum(wide) / len(wide) - math.fsum(square) / len(square)
-
-
 def shrink_after_drop(run: Runs, suite: Runs) -> float:
     """By how much the mean rank still falls after the epoch in which the validation loss fell most.
 
@@ -88,5 +82,5 @@ def growth_moves(run: Runs, suite: Runs) -> float:
     return float((run.resizes["new"] > run.resizes["old"]).sum())
 
 
-METRICS = {f.__name__: f for f in (steps_to_loss, seconds_to_loss, best_val_loss, val_loss_at, role_rank, role_gap, wide_gap,
-                                   mean_rank_at, shrink_after_drop, lowest_of_suite, growth_moves)}
+METRICS = {f.__name__: f for f in (steps_to_loss, seconds_to_loss, best_val_loss, val_loss_at, role_rank, role_gap,
+                                   mean_rank_at,                                   shrink_after_drop, lowest_of_suite, growth_moves)}
