@@ -83,4 +83,4 @@ def growth_moves(run: Runs, suite: Runs) -> float:
 
 
 METRICS = {f.__name__: f for f in (steps_to_loss, seconds_to_loss, best_val_loss, val_loss_at, role_rank, role_gap,
-                                   mean_rank_at,                                   shrink_after_drop, lowest_of_suite, growth_moves)}
+                                   mean_rank_at, shrink_after_drop, lowest_of_suite, growth_moves)}
