@@ -82,7 +82,7 @@ def _claim_row(key: str, c: dict) -> str:
     seeds = f"seeds {', '.join(map(str, c['seeds']))}" if c["seeds"] else None
     return "<tr>" + "".join([
         _cell(f'{html.escape(c["text"])}<br><code class="alr-key">{key}</code>{note}', id=f"claim-{key}"),
-        _cell(html.escape(condition(c)) or "&ndash;", class_="alr-number"),
+        _cell(html.escape(condition(c)) or "&ndash;", class_="alr-rule"),
         _cell(value, class_="alr-number", title=c["source"]),
         _cell(c["n"] or "&ndash;", class_="alr-number", title=seeds), _cell(pill(c["verdict"]))]) + "</tr>"
 
