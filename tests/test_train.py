@@ -513,3 +513,13 @@ def test_two_processes_equal_one_and_stop_together(small, tmp_path):
     last = load(tmp_path, device="cpu")
     for a, b in zip(one.model.parameters(), last.model.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_two_processes_equal_one_under_the_pair_optimizer(small, tmp_path):
+    small = replace(small, recipe="alr", optimizer="pairs", min_rank=None, dropout=0.0, steps_per_epoch=7)
+    one = train(small, quiet=True)
+    assert two_processes(replace(small, out=str(tmp_path))) == [0, 0]
+    last = load(tmp_path, device="cpu")
+    assert last.adapter.ranks == one.adapter.ranks and max(one.adapter.ranks.values()) < 12    # it did shrink
+    for a, b in zip(one.model.parameters(), last.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
