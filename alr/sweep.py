@@ -16,6 +16,7 @@ import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Sequence
 
 from tqdm import tqdm
 
@@ -64,11 +65,15 @@ def record(suite: Suite, job: Job, root: Path = ROOT, quiet: bool = True) -> Pat
     return path
 
 
-def pending(suite: Suite, root: Path) -> tuple[list[Job], list[Job]]:
-    """(runs that can start now, runs that wait for another arm's ranks)."""
+def pending(suite: Suite, root: Path, only: Sequence[str] = ()) -> tuple[list[Job], list[Job]]:
+    """(runs that can start now, runs that wait for another arm's ranks), of the arms in `only`, or of all."""
+    known = [arm.name for arm in suite.arms]
+    if unknown := set(only) - set(known):
+        raise ValueError(f"suite {suite.name} has no arm {sorted(unknown)[0]!r}; it has {', '.join(known)}.")
     now, later = [], []
-    jobs = suite.tuning_jobs() + suite.jobs(root)
-    for job in jobs:
+    for job in suite.tuning_jobs() + suite.jobs(root):
+        if only and job.arm.name not in only:
+            continue
         try:
             if not recorded(job, suite.recipe(job, root), root):
                 now.append(job)
@@ -89,12 +94,16 @@ def seconds(suite: Suite, job: Job, root: Path) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def sweep(suite: Suite, jobs: int = 1, root: Path = ROOT, limit: int | None = None) -> int:
-    """Record what is missing; returns how many runs were made.  Waves: tuning, then the runs, then borrowed ranks."""
-    check_corpus(suite)
+def sweep(suite: Suite, jobs: int = 1, root: Path = ROOT, limit: int | None = None, only: Sequence[str] = ()) -> int:
+    """Record what is missing; returns how many runs were made.  Waves: tuning, then the runs, then borrowed ranks.
+
+    only: the names of the arms to record, for a suite that is shared out; all if empty.
+    """
     made = 0
     while True:
-        now, later = pending(suite, root)
+        now, later = pending(suite, root, only)
+        if not made:
+            check_corpus(suite)
         if limit is not None:
             now = now[:max(0, limit - made)]
         if not now:
@@ -179,6 +188,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("suite", help="a suite file, or the name of one in data/suites")
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
     parser.add_argument("--limit", type=int, help="make at most this many runs")
+    parser.add_argument("--only", action="append", default=[], metavar="ARM", help="record this arm alone; may be repeated")
     parser.add_argument("--dry-run", action="store_true", help="say what would run and for how long")
     parser.add_argument("--verify", action="store_true", help="run a random record again and compare")
     parser.add_argument("--pick", type=int, help="with --verify: seed of the random choice")
@@ -191,7 +201,7 @@ def main(argv: list[str] | None = None) -> int:
         elif args.verify:
             print(verify(suite, seed=args.pick))
         else:
-            print(f"{suite.name}: {sweep(suite, args.jobs, limit=args.limit)} runs recorded in {ROOT / 'runs' / suite.name}")
+            print(f"{suite.name}: {sweep(suite, args.jobs, limit=args.limit, only=args.only)} runs recorded in {ROOT / 'runs' / suite.name}")
     except (ValueError, FileNotFoundError, RuntimeError) as error:
         print(f"sweep: {error}", file=sys.stderr)
         return 1

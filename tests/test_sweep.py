@@ -74,6 +74,15 @@ def test_a_suite_runs_once_and_borrows_ranks(make):
     assert "0 runs to make" in sweep.dry_run(suite, root)
 
 
+def test_a_suite_can_be_shared_out_by_arm(make):
+    suite, root = make()
+    with pytest.raises(RuntimeError, match="held wait for ranks"):
+        sweep.sweep(suite, root=root, only=["held"])
+    assert sweep.sweep(suite, root=root, only=["alr"]) == 2 and sweep.sweep(suite, root=root, only=["held"]) == 2
+    with pytest.raises(ValueError, match="no arm 'hold'; it has alr, held"):
+        sweep.sweep(suite, root=root, only=["hold"])
+
+
 def test_an_interrupted_sweep_ends_in_the_same_records(make, monkeypatch):
     suite, root = make()
     real, calls = sweep.train, []
