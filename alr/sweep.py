@@ -99,11 +99,10 @@ def sweep(suite: Suite, jobs: int = 1, root: Path = ROOT, limit: int | None = No
 
     only: the names of the arms to record, for a suite that is shared out; all if empty.
     """
+    check_corpus(suite)
     made = 0
     while True:
         now, later = pending(suite, root, only)
-        if not made:
-            check_corpus(suite)
         if limit is not None:
             now = now[:max(0, limit - made)]
         if not now:
@@ -139,9 +138,9 @@ def check_corpus(suite: Suite) -> None:
         data.corpus(c.data_file or c.corpus, data_dir=c.data_dir, level=c.level, vocab_size=c.vocab_size)
 
 
-def dry_run(suite: Suite, root: Path = ROOT) -> str:
+def dry_run(suite: Suite, root: Path = ROOT, only: Sequence[str] = ()) -> str:
     """What would run, and for how long from what was measured so far."""
-    now, later = pending(suite, root)
+    now, later = pending(suite, root, only)
     times = [seconds(suite, job, root) for job in now + later]
     known = [t for t in times if t is not None]
     lines = [f"  {job.name:<44} {'?' if t is None else f'{t:6.0f} s'}{'  (waits for ' + job.arm.ranks_from + ')' if job in later else ''}"
@@ -197,7 +196,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         suite = suites.load(path)
         if args.dry_run:
-            print(dry_run(suite))
+            print(dry_run(suite, only=args.only))
         elif args.verify:
             print(verify(suite, seed=args.pick))
         else:

@@ -78,6 +78,7 @@ def test_a_suite_can_be_shared_out_by_arm(make):
     suite, root = make()
     with pytest.raises(RuntimeError, match="held wait for ranks"):
         sweep.sweep(suite, root=root, only=["held"])
+    assert "2 runs to make" in sweep.dry_run(suite, root, only=["alr"])
     assert sweep.sweep(suite, root=root, only=["alr"]) == 2 and sweep.sweep(suite, root=root, only=["held"]) == 2
     with pytest.raises(ValueError, match="no arm 'hold'; it has alr, held"):
         sweep.sweep(suite, root=root, only=["hold"])
