@@ -126,6 +126,7 @@ class RankAdapter:
         self.steps, self.losses, self.seconds = 0, [], 0.0
         self.stale: dict[str, list] = {}            # under Stale: layer -> shapes that the optimizer still holds
         self.grouped: dict[str, tuple] = {}         # by recipe.gradient: layer -> what it did last
+        self.watched: set[tuple] = set()            # what hooks look at already, see watch
         self._seen, self._warned = 0, False
         for optimizer in self.optimizers[:1]:
             optimizer.register_step_post_hook(self._count)

@@ -48,6 +48,7 @@ class Config:
 
     optimizer: Literal["adamw", "adam", "sgd", "muon", "pairs"] = "adamw"   # muon: on block matrices, pairs: on factors
     lr: float = 3e-4                    # learning rate (with muon and pairs: of AdamW, on the rest)
+    rest_lr: float | None = None        # of embeddings, head and norms, whatever the optimizer; --lr if not said
     muon_lr: float = 0.02               # learning rate of Muon
     pairs_lr: float = 0.015             # radius of the pair optimizer: spectral norm of a step of W
     momentum: float = 0.9               # of SGD
@@ -73,7 +74,7 @@ class Config:
             value = getattr(self, name)
             if value is not None and (value != int(value) or value < 1):
                 raise ValueError(f"{name} is {value}; wanted a whole number of at least 1.")
-        for name in ("lr", "muon_lr", "pairs_lr", "embed_std", "grad_clip"):
+        for name in ("lr", "rest_lr", "muon_lr", "pairs_lr", "embed_std", "grad_clip"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} is {value}; wanted a number above 0.")

@@ -172,7 +172,7 @@ def table() -> list[dict[str, str]]:
 
 
 MODULES = ("adapt", "backward", "budget", "control", "control_history", "estimate", "estimate_gradient", "factor",
-           "grouping", "init", "randomized", "state", "watch")      # whose values a recipe may hold
+           "fisher", "grouping", "init", "randomized", "state", "watch")      # whose values a recipe may hold
 
 
 def parse(text: str) -> Recipe:

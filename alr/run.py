@@ -178,28 +178,39 @@ def make_model(config: Config, vocab_size: int) -> nn.Module:
 
 def make_optimizers(config: Config, model: nn.Module, device: torch.device) -> list[Optimizer]:
     """One optimizer for all parameters; for "muon", Muon on the matrices of the blocks and AdamW on the rest; for
-    "pairs", ours on the factors of low-rank layers and AdamW on the rest."""
+    "pairs", ours on the factors of low-rank layers and AdamW on the rest.  The rest learns at its own rate, if it has one.
+    """
     fused = {"fused": True} if device.type in ("cuda", "cpu") else {}
     lr, decay = config.lr, config.weight_decay
-    factors = {id(p) for pair in pairs.pairs(model) for p in pair} if config.decay == "product" else set()
-    def split(params):                                              # decay of the product is the loop's, see Loop.step
-        groups = [{"params": [p for p in params if id(p) not in factors]},
-                  {"params": [p for p in params if id(p) in factors], "weight_decay": 0.0}]
-        return [group for group in groups if group["params"]]
+    rest_lr = lr if config.rest_lr is None else config.rest_lr
+    named = dict(model.named_parameters())
+    tables = {id(p) for mod in model.modules() if isinstance(mod, nn.Embedding) for p in mod.parameters()}
+    matrices = {id(p) for name, p in named.items()
+                if p.dim() == 2 and id(p) not in tables and "head" not in name.split(".")}
+    factors = [p for pair in pairs.pairs(model) for p in pair]
+    undecayed = {id(p) for p in factors} if config.decay == "product" else set()    # their decay is in Loop.step
+
+    def split(params, lr=lr):
+        parts: dict[tuple, list] = {}
+        for p in params:
+            parts.setdefault((id(p) in matrices, id(p) in undecayed), []).append(p)
+        return [{"params": part, "lr": lr if block else rest_lr, "weight_decay": 0.0 if bare else decay}
+                for (block, bare), part in parts.items()]
+
+    def others(taken):
+        return [p for p in named.values() if id(p) not in taken]
+
     if config.optimizer == "muon":
-        tables = {id(p) for mod in model.modules() if isinstance(mod, nn.Embedding) for p in mod.parameters()}
-        named = list(model.named_parameters())
-        matrices = [p for name, p in named if p.dim() == 2 and id(p) not in tables and "head" not in name.split(".")]
-        chosen = {id(p) for p in matrices}
-        made = [torch.optim.Muon(split(matrices), config.muon_lr, weight_decay=decay),
-                torch.optim.AdamW([p for _, p in named if id(p) not in chosen], lr, weight_decay=decay, **fused)]
+        mine = [p for p in named.values() if id(p) in matrices]
+        made = [torch.optim.Muon(split(mine, config.muon_lr)), torch.optim.AdamW(split(others(matrices)), **fused)]
     elif config.optimizer == "pairs":
-        made = pairs.optimizers(model, config.pairs_lr, 0.0 if factors else decay, lr, decay, **fused)
+        made = [pairs.PairOptimizer(pairs.pairs(model), config.pairs_lr, weight_decay=0.0 if undecayed else decay),
+                torch.optim.AdamW(split(others({id(p) for p in factors})), **fused)]
     elif config.optimizer == "sgd":
-        made = [torch.optim.SGD(split(list(model.parameters())), lr, config.momentum, weight_decay=decay, **fused)]
+        made = [torch.optim.SGD(split(named.values()), momentum=config.momentum, **fused)]
     else:
         kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
-        made = [kind(split(list(model.parameters())), lr, weight_decay=decay, **fused)]
+        made = [kind(split(named.values()), **fused)]
     for optimizer in made:
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]                       # what the schedule multiplies

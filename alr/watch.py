@@ -17,40 +17,55 @@ from torch import Tensor
 from .factor import core, grow, svd_core
 
 
-def watch(adapter, hidden: bool = False, gradient: bool = False, steps: int = 1) -> None:
+def watch(adapter, hidden: bool = False, felt: bool = False, gradient: bool = False, steps: int = 1) -> None:
     """Keep, on every low-rank layer, what its last `steps` batches before a decision have shown.
 
-    hidden: layer.hidden = mean of h h^T (r, r).  gradient: layer.dense_gradient = sum of G (m, n), as large as W.
+    hidden: layer.hidden = mean of h h^T (r, r).  felt: layer.felt = mean of d d^T (r, r) with d = B dloss/dh, of the loss
+    summed over tokens.  gradient: layer.dense_gradient = sum of G (m, n), as large as W.
+    Axes of one recipe that want the same are served by one set of hooks.
     """
+    asked = {(kind, steps) for kind, on in (("hidden", hidden), ("felt", felt), ("gradient", gradient)) if on}
+    wanted = {kind for kind, _ in asked - adapter.watched}
+    adapter.watched |= asked
+
     def due():
+        """Steps until the next decision, if it is near."""
         r, now = adapter.recipe, adapter.steps + 1                  # the step whose forward this is
-        wait = -(now - r.offset) % r.every                          # steps until the next decision
-        return wait < steps and (r.stop is None or now + wait <= r.stop)
+        wait = -(now - r.offset) % r.every
+        return wait if wait < steps and (r.stop is None or now + wait <= r.stop) else None
+
+    def keep(layer, name, moment, wait):
+        old = getattr(layer, name, None)
+        fresh = wait == steps - 1 or old is None or old.shape != moment.shape
+        setattr(layer, name, moment / steps if fresh else old + moment / steps)
 
     def before(layer, args):
-        if not due() or not torch.is_grad_enabled():
+        wait = due()
+        if wait is None or not torch.is_grad_enabled():
             return
         x = args[0].detach().flatten(0, -2)                         # (B, n)
-        if hidden:
+        if "hidden" in wanted:
             h = x.to(layer.V.dtype) @ layer.V.detach().mT           # (B, r)
-            H = h.mT @ h / len(h)                                   # (r, r)
-            old = getattr(layer, "hidden", None)
-            layer.hidden = H if old is None or old.shape != H.shape else old + (H - old) / steps
-        if gradient:
-            layer.seen = x
+            keep(layer, "hidden", h.mT @ h / len(h), wait)
+        layer.seen = x
 
-    def after(layer, _, grads):
+    def after(layer, grads):
         if getattr(layer, "seen", None) is None or grads[0] is None:
             return
         g = grads[0].detach().flatten(0, -2)                        # (B, m)
-        G = g.mT @ layer.seen.to(g.dtype)                           # (m, n)
-        old = getattr(layer, "dense_gradient", None)
-        layer.dense_gradient, layer.seen = G if old is None else old + G, None
+        if "felt" in wanted:
+            d = g.to(layer.U.dtype) @ layer.U.detach()              # (B, r)
+            keep(layer, "felt", d.mT @ d * len(d), due())
+        if "gradient" in wanted:
+            G = g.mT @ layer.seen.to(g.dtype)                       # (m, n)
+            old = getattr(layer, "dense_gradient", None)
+            layer.dense_gradient = G if old is None else old + G
+        layer.seen = None
 
-    for layer in adapter.layers.values():
+    for layer in adapter.layers.values() if wanted else ():
         layer.register_forward_pre_hook(before)
-        if gradient:
-            layer.register_full_backward_hook(after)
+        if wanted != {"hidden"}:
+            layer.register_full_backward_pre_hook(after)
 
 
 # ------------------------------------------------------------------------------------------- worth of directions

@@ -1,0 +1,105 @@
+"""What does the loss feel of each direction?  Worth, and a cut, in the metric of the loss instead of that of W.
+
+Dims: m out_features, n in_features, r rank, k wanted rank, B tokens.  U (m, r), V (r, n); h = V x (r,) the layer's hidden
+values at one token, d = dloss/dh = U^T g (r,) what the loss of the batch, summed over tokens, feels of them.
+
+Cutting puts some M (r, r) of rank k between the factors, W' = U M V.  A token's loss then changes by d^T (M - I) h to
+first order; with h and d taken for independent (K-FAC: Martens & Grosse 2015) the mean square of that is
+
+    || K^(1/2) (I - M) H^(1/2) ||_F^2      with H = mean of h h^T, K = mean of d d^T, both (r, r),
+
+and half of it is what the empirical Fisher matrix gives for the rise of the mean loss, in nats per token.  The best M of
+rank k is the truncated SVD of K^(1/2) H^(1/2); what each direction of it is worth can be compared between layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .factor import grow, svd_core
+from .watch import watch
+
+DAMPING = 0.01                          # share of isotropic inputs and gradients mixed in (ours, untuned)
+
+
+def _root(moment: Tensor, gram: Tensor, damping: float) -> Tensor:
+    """L with L L^T = moment + damping of an isotropic one of the same size: (r, r), (r, r) -> (r, r)."""
+    moment, gram = moment.double().cpu(), gram.double().cpu()       # (r, r), (r, r)
+    scale = (torch.linalg.pinv(gram, hermitian=True) @ moment).diagonal().mean()    # whatever the factors' scale
+    L = moment + damping * scale * gram                             # (r, r)
+    L = L + 1e-10 * L.diagonal().mean() * torch.eye(len(L), dtype=L.dtype)          # grown directions are still zero
+    L, info = torch.linalg.cholesky_ex(L)
+    if info.item():
+        raise FloatingPointError("fisher: a second moment is not positive definite: the layer has diverged, has dependent "
+                                 "directions, or has seen no data and no gradient.")
+    return L
+
+
+def metric(U: Tensor, V: Tensor, hidden: Tensor, felt: Tensor, damping: float = DAMPING) -> tuple[Tensor, Tensor, Tensor]:
+    """The directions of W as the loss ranks them: S (r,), falling, A (r, r) and B (r, r) with A B = I.
+
+    S^2 / 2 is the rise of the loss without a direction, nats per token; the best cut to rank k keeps U A_k, B_k V.
+    hidden H, felt K (r, r).  The result does not depend on how W is split into factors.  float64, CPU.  O((m + n) r^2).
+    """
+    U, V = U.detach().double(), V.detach().double()
+    LH, LK = _root(hidden, V @ V.mT, damping), _root(felt, U.mT @ U, damping)       # (r, r), (r, r)
+    P, S, _ = torch.linalg.svd(LK.mT @ LH)                          # (r, r), (r,), (r, r)
+    return S, torch.linalg.solve_triangular(LK.mT, P, upper=True), P.mT @ LK.mT
+
+
+def fisher_cut(U: Tensor, V: Tensor, k: int, hidden: Tensor, felt: Tensor, damping: float = DAMPING) -> tuple[Tensor, Tensor]:
+    """The rank-k factors whose loss is nearest, k <= r, split evenly: (m, r), (r, n) -> (m, k), (k, n)."""
+    _, A, B = metric(U, V, hidden, felt, damping)                   # (r,), (r, r), (r, r)
+    wide = torch.promote_types(U.dtype, torch.float32)
+    U2 = U.detach().to(wide) @ A[:, :k].to(U.device, wide)          # (m, k)
+    V2 = B[:k].to(V.device, wide) @ V.detach().to(wide)             # (k, n)
+    U2, V2 = svd_core(U2, V2, k)
+    return U2.to(U), V2.to(V)
+
+
+def _known(layer) -> bool:
+    """Has this layer, at its present rank, been watched?"""
+    return all(getattr(layer, name, None) is not None and len(getattr(layer, name)) == layer.rank
+               for name in ("hidden", "felt"))
+
+
+@dataclass(frozen=True)
+class FisherSpectrum:
+    """What each direction is worth to the loss, S_j^2 / 2 in nats per token, falling; for `control.Budget`.
+
+    Unlike shares of energy these compare directions of different layers.  Before anything was seen: all alike.
+    """
+
+    steps: int = 4                      # batches before each decision that are looked at (ours)
+
+    def attach(self, adapter) -> None:
+        watch(adapter, hidden=True, felt=True, steps=self.steps)
+
+    def __call__(self, layer) -> tuple[float, ...]:
+        if not _known(layer):
+            return (1.0 / layer.rank,) * layer.rank
+        return tuple((metric(layer.U, layer.V, layer.hidden, layer.felt)[0].square() / 2).tolist())
+
+
+@dataclass(frozen=True)
+class FisherCut:
+    """Shrink so that the loss changes least, grow as `grow` does."""
+
+    steps: int = 4                      # as above
+
+    def attach(self, adapter) -> None:
+        watch(adapter, hidden=True, felt=True, steps=self.steps)
+
+    def of(self, layer):
+        """The resize of one layer, which knows what it has seen."""
+        def resize(U, V, k):
+            if k > U.shape[1] or not _known(layer):
+                return self(U, V, k)
+            return fisher_cut(U, V, k, layer.hidden, layer.felt)
+        return resize
+
+    def __call__(self, U: Tensor, V: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        return svd_core(U, V, k) if k <= U.shape[1] else grow(U, V, k)
