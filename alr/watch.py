@@ -39,33 +39,28 @@ def watch(adapter, hidden: bool = False, felt: bool = False, gradient: bool = Fa
         fresh = wait == steps - 1 or old is None or old.shape != moment.shape
         setattr(layer, name, moment / steps if fresh else old + moment / steps)
 
-    def before(layer, args):
+    def look(layer, args, y):
         wait = due()
-        if wait is None or not torch.is_grad_enabled():
+        if wait is None or not y.requires_grad:
             return
         x = args[0].detach().flatten(0, -2)                         # (B, n)
         if "hidden" in wanted:
             h = x.to(layer.V.dtype) @ layer.V.detach().mT           # (B, r)
             keep(layer, "hidden", h.mT @ h / len(h), wait)
-        layer.seen = x
+        if wanted != {"hidden"}:
+            y.register_hook(lambda g: feel(layer, x, g.detach().flatten(0, -2), wait))
 
-    def after(layer, grads):
-        if getattr(layer, "seen", None) is None or grads[0] is None:
-            return
-        g = grads[0].detach().flatten(0, -2)                        # (B, m)
+    def feel(layer, x, g, wait):                                    # (B, n), (B, m)
         if "felt" in wanted:
             d = g.to(layer.U.dtype) @ layer.U.detach()              # (B, r)
-            keep(layer, "felt", d.mT @ d * len(d), due())
+            keep(layer, "felt", d.mT @ d * len(d), wait)
         if "gradient" in wanted:
-            G = g.mT @ layer.seen.to(g.dtype)                       # (m, n)
+            G = g.mT @ x.to(g.dtype)                                # (m, n)
             old = getattr(layer, "dense_gradient", None)
             layer.dense_gradient = G if old is None else old + G
-        layer.seen = None
 
     for layer in adapter.layers.values() if wanted else ():
-        layer.register_forward_pre_hook(before)
-        if wanted != {"hidden"}:
-            layer.register_full_backward_pre_hook(after)
+        layer.register_forward_hook(look)
 
 
 # ------------------------------------------------------------------------------------------- worth of directions
