@@ -10,6 +10,9 @@ first order; with h and d taken for independent (K-FAC: Martens & Grosse 2015) t
 
 and half of it is what the empirical Fisher matrix gives for the rise of the mean loss, in nats per token.  The best M of
 rank k is the truncated SVD of K^(1/2) H^(1/2); what each direction of it is worth can be compared between layers.
+
+Trained models are compressed in such metrics, formed at the size of W: FWSVD (Hsu et al. 2022), GFWSVD (Chekalina et
+al. 2025).  Between two factors everything is r x r, cheap enough to do while the model trains (ours).
 """
 
 from __future__ import annotations

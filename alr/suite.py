@@ -24,6 +24,7 @@
     set = { lr = 2e-3 }                      # optional: fields of train.Config for this arm alone
     tune = false                             # optional: leave this arm out of the tuning
     grid = { muon_lr = [0.01, 0.02] }        # optional: this arm's own grid; `set` may hold what goes with it
+    seeds = [0, 1, 2]                        # optional: fewer seeds for this arm, some of the suite's
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ class Arm:
     ranks_how: str = "same"
     tune: bool = True
     grid: dict | None = None
+    seeds: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,7 @@ class Suite:
         ready = [arm for arm in self.arms if self.tune is None or not arm.tune or arm.name in chosen]
         ready.sort(key=lambda arm: arm.ranks_from is not None)
         return [Job(self.name, arm, self.config(arm, seed, **chosen.get(arm.name, {})))
-                for seed in self.seeds for arm in ready]
+                for seed in self.seeds for arm in ready if arm.seeds is None or seed in arm.seeds]
 
     def recipe(self, job: Job, root: Path) -> Recipe:
         """The job's recipe as a value; reads the other arm's record where ranks come from one.  FileNotFoundError if it
@@ -213,7 +215,9 @@ def load(path: str | Path) -> Suite:
             recipes.parse(entry["recipe"])
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
-        arms.append(Arm(**entry))
+        if not set(entry.get("seeds", ())) <= set(raw["seeds"]):
+            raise ValueError(f"{where}: seeds {entry['seeds']} are not all among the suite's, {raw['seeds']}.")
+        arms.append(Arm(**{k: tuple(v) if k == "seeds" else v for k, v in entry.items()}))
     names = [arm.name for arm in arms]
     if len(set(names)) < len(names):
         raise ValueError(f"{path}: two arms share a name; each needs its own.")

@@ -150,11 +150,17 @@ def test_verify_repeats_a_record_and_notices_a_changed_one(make):
     (ARMS.replace('ranks_from = "alr"', 'ranks_from = "alx"'), "takes ranks from 'alx'; arms are alr, held"),
     (ARMS.replace("permuted", "shuffled"), "it is one of same, mean, permuted, cut"),
     (ARMS + 'set = { learning_rate = 1 }', "key 'learning_rate' is not known"),
+    (ARMS + 'seeds = [1, 7]', r"arm 'held': seeds \[1, 7\] are not all among the suite's"),
     (ARMS.replace('name = "held"', 'name = "alr"'), "share a name"), ("", "at least one"),
     ("[[arms]\n", "toy.toml")])
 def test_a_typo_stops_before_the_first_run(make, body, words):
     with pytest.raises(ValueError, match=words):
         make(body)
+
+
+def test_an_arm_may_run_on_fewer_seeds(make):
+    suite, root = make(ARMS.replace("[[arms]]", "[[arms]]\nseeds = [1]", 1))
+    assert [job.name for job in suite.jobs(root)] == ["held.seed0", "alr.seed1", "held.seed1"]
 
 
 def test_a_missing_corpus_stops_before_the_first_run(make):
