@@ -50,7 +50,7 @@ class Config:
     lr: float = 3e-4                    # learning rate (with muon and pairs: of AdamW, on the rest)
     rest_lr: float | None = None        # of embeddings, head and norms, whatever the optimizer; --lr if not said
     muon_lr: float = 0.02               # learning rate of Muon
-    pairs_lr: float = 0.015             # radius of the pair optimizer: spectral norm of a step of W
+    pairs_lr: float = 0.03              # radius of the pair optimizer: spectral norm of a step of W
     momentum: float = 0.9               # of SGD
     weight_decay: float = 0.01          # on every parameter; decoupled for adamw and muon, an L2 term for adam and sgd
     decay: Literal["factors", "product"] = "factors"        # of low-rank layers: decay U and V, or W = U V (Frobenius)
