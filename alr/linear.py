@@ -156,10 +156,15 @@ def product_decay_(model: nn.Module, amount: float) -> None:
 
 
 @torch.no_grad()
-def densify_(model: nn.Module) -> nn.Module:
-    """Replace every LowRankLinear by the nn.Linear of weight U V, in place; returns the model.  Make the optimizer anew."""
+def densify_(model: nn.Module, dearer: bool = False) -> nn.Module:
+    """Replace every LowRankLinear by the nn.Linear of weight U V, in place; returns the model.  Make the optimizer anew.
+
+    dearer: only the layers whose factors hold as many numbers as W or more, so that nothing is paid for being low-rank.
+    """
     _refuse_wrapped(model, "densify_")
     for name, low in low_rank_layers(model).items():
+        if dearer and low.U.numel() + low.V.numel() < low.out_features * low.in_features:
+            continue
         if name == "":
             raise ValueError("densify_: the model is itself a LowRankLinear and cannot be replaced in place.")
         dense = nn.Linear(low.in_features, low.out_features, bias=low.bias is not None, device="meta")

@@ -66,6 +66,15 @@ def test_full_rank_is_the_dense_model_there_and_back():
     assert {k: v.shape for k, v in back.state_dict().items()} == {k: v.shape for k, v in dense.state_dict().items()}
 
 
+def test_only_layers_that_low_rank_makes_dearer_go_back():
+    model = factorize_(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 24)), {"0": 3, "1": 4, "2": 8})
+    x = torch.randn(5, 8)
+    y, size = model(x), sum(p.numel() for p in model.parameters())
+    assert list(low_rank_layers(densify_(model, dearer=True))) == ["0"]         # 48 < 64, 64 = 64, 256 > 192
+    torch.testing.assert_close(model(x), y)
+    assert sum(p.numel() for p in model.parameters()) == size - 64
+
+
 def test_ranks_by_number_name_and_rule():
     assert [x.rank for x in low_rank_layers(factorize_(Net(), 4)).values()] == [4, 4, 4]
     model = factorize_(Net(), {"up": 3, "head": 7})
