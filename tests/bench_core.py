@@ -70,6 +70,8 @@ def bench_step(benchmark, what):
         torch.nn.functional.cross_entropy(model(x).flatten(0, 1), x.flatten()).backward()
 
     step()
+    for layer in layers:                                            # as hooks would leave them before a decision
+        layer.hidden, layer.felt = layer.V.detach() @ layer.V.detach().mT, layer.U.detach().mT @ layer.U.detach()
     work = dict(zip(STEP, [step, torch.optim.AdamW(factors, fused=True).step, PairOptimizer(pairs(model)).step,
                            lambda: [recipes.repaired.estimate(layer) for layer in layers],
                            lambda: [recipes.alr.estimate(layer) for layer in layers]]))[what]
