@@ -401,6 +401,23 @@ def test_the_schedule_reaches_every_optimizer(small):
     assert seen == [[0.02 * config.rate(i), 0.01 * config.rate(i)] for i in range(4)]
 
 
+@pytest.mark.parametrize("recipe, optimizer, blocks", [
+    ("repaired", "adamw", 0.01), ("repaired", "sgd", 0.01), ("repaired", "muon", 0.02), ("repaired", "pairs", 0.03),
+    ("dense", "adamw", 0.01), ("dense", "muon", 0.02)])
+def test_embeddings_head_and_norms_have_a_rate_of_their_own(small, recipe, optimizer, blocks):
+    ranks = {} if recipe == "repaired" else dict(init_rank=None, min_rank=None)
+    config = replace(small, recipe=recipe, optimizer=optimizer, rest_lr=0.5, schedule="cosine", epochs=1, **ranks)
+    rates = {}
+
+    def note(run):
+        of = {id(p): group["lr"] for o in run.optimizers for group in o.param_groups for p in group["params"]}
+        rates.update({name: of.pop(id(p)) / config.rate(run.step - 1) for name, p in run.model.named_parameters()})
+        assert not of                                               # every parameter once, and no other
+    train(config, callback=note, quiet=True)
+    for name, rate in rates.items():
+        assert rate == pytest.approx(blocks if "attn" in name or "mlp" in name else 0.5), name
+
+
 def test_clipping_bounds_the_gradient_and_logs_it_unclipped(small):
     norms = []
 
@@ -415,7 +432,8 @@ def test_clipping_bounds_the_gradient_and_logs_it_unclipped(small):
 @pytest.mark.parametrize("changes", [
     dict(optimizer="adam"), dict(optimizer="sgd"), dict(optimizer="muon"), dict(model="mlp"), dict(decay="product"),
     dict(optimizer="muon", decay="product"), dict(recipe="alr", optimizer="pairs", decay="product"),
-    dict(precision="bfloat16"), dict(causal=False), dict(tied=True), dict(recipe="alr", optimizer="pairs")])
+    dict(precision="bfloat16"), dict(causal=False), dict(tied=True), dict(recipe="alr", optimizer="pairs"),
+    dict(rest_lr=0.02)])
 def test_every_setting_learns(small, changes):
     run = train(replace(small, **dict(recipe="repaired", epochs=4, steps_per_epoch=10) | changes), quiet=True)
     first, last = (next(x["val_loss"] for x in log if x["kind"] == "epoch") for log in (run.log, run.log[::-1]))
