@@ -198,12 +198,17 @@ class RankAdapter:
     def state_dict(self) -> dict:
         """Plain numbers: what is needed, with the model's and the optimizer's own, to go on as if never stopped."""
         return {"steps": self.steps, "memory": self.memory, "losses": list(self.losses), "seconds": self.seconds,
-                "stale": {name: [list(s) for s in shapes] for name, shapes in self.stale.items()}}
+                "stale": {name: [list(s) for s in shapes] for name, shapes in self.stale.items()},
+                "seen": {name: {k: v.clone() for k in ("hidden", "felt") if (v := getattr(layer, k, None)) is not None}
+                         for name, layer in self.layers.items()} if self.watched else {}}
 
     def load_state_dict(self, state: dict) -> None:
         """Load after the model and after the optimizer is made, before the optimizer's own state is loaded."""
         self.steps = self._seen = state["steps"]
         self.memory, self.losses, self.seconds = state["memory"], list(state["losses"]), state["seconds"]
+        for name, moments in state.get("seen", {}).items():
+            for key, moment in moments.items():
+                setattr(self.layers[name], key, moment.to(self.layers[name].U.device))
         for name, shapes in state["stale"].items():
             layer = self.layers[name]                # frozen: the optimizer gets stand-ins for what it held
             for p, shape in zip((layer.U, layer.V), shapes):

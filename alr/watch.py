@@ -24,6 +24,7 @@ def watch(adapter, hidden: bool = False, felt: bool = False, gradient: bool = Fa
     summed over tokens.  gradient: layer.dense_gradient = sum of G (m, n), as large as W.
     Axes of one recipe that want the same are served by one set of hooks.
     """
+    steps = min(steps, adapter.recipe.every)                        # a window does not reach back beyond a decision
     asked = {(kind, steps) for kind, on in (("hidden", hidden), ("felt", felt), ("gradient", gradient)) if on}
     wanted = {kind for kind, _ in asked - adapter.watched}
     adapter.watched |= asked

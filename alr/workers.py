@@ -71,6 +71,10 @@ class Workers:
             synchronize(device)                         # what the device still has to do is not adaptation's time
             if self.size == 1:
                 return decide()
+            for layer in adapter.layers.values():       # each process has watched its share of the batch
+                for moment in (getattr(layer, name, None) for name in ("hidden", "felt")):
+                    if moment is not None:
+                        self.total(moment).div_(self.size)
             said = [(decide(), adapter.memory) if self.rank == 0 else None]
             dist.broadcast_object_list(said, 0, device=device)
             events, memory = said[0]

@@ -29,13 +29,14 @@ def setting(m=14, n=10, r=5, seed=0):
 
 def test_worth_and_cut_do_not_depend_on_how_w_is_factored():
     U, V, H, K = setting()
-    G = torch.randn(5, 5, dtype=torch.double) + 3 * torch.eye(5, dtype=torch.double)
+    G = torch.randn(5, 5, generator=torch.Generator().manual_seed(1), dtype=torch.double) + 3 * torch.eye(5, dtype=torch.double)
     back = torch.linalg.inv(G)
     U2, V2, H2, K2 = U @ G, back @ V, back @ H @ back.mT, G.mT @ K @ G
-    close(metric(U2, V2, H2, K2)[0], metric(U, V, H, K)[0])
+    bound = dict(rtol=1e-5, atol=1e-5)                              # the floor under grown directions, 1e-10, is not invariant
+    close(metric(U2, V2, H2, K2)[0], metric(U, V, H, K)[0], **bound)
     for k in (1, 3):
         (a, b), (c, d) = fisher_cut(U, V, k, H, K), fisher_cut(U2, V2, k, H2, K2)
-        close(c @ d, a @ b)
+        close(c @ d, a @ b, **bound)
 
 
 def test_isotropic_inputs_and_gradients_give_the_singular_values_and_the_svd():
