@@ -19,7 +19,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from .control import ByLayer, Hold, Signal
-from .factor import SvdCore, break_even, relative_change
+from .factor import SvdCore, break_even, check_rank, relative_change
 from .init import Spectral
 from .linear import LowRankLinear, _refuse_wrapped, factorize_, low_rank_layers
 from .state import Stale, Swap, Transport, replace_parameter
@@ -36,7 +36,8 @@ class Recipe:
     """
 
     name: str
-    rank: int | None | dict = 64        # at the start, at most (a layer's cap may be lower), or {layer: rank}; None: dense
+    rank: int | float | dict | None = 64        # at the start, at most (a layer's cap may be lower): a rank, as a float a
+                                        # share of the dense layer's parameters, or {layer: rank}; None: dense
     init: Callable = Spectral()
     estimate: Callable | None = None    # layer -> float
     control: Any = Hold()
@@ -75,7 +76,10 @@ class Recipe:
             return (where is None or where(name)) and any(fnmatchcase(name, p) for p in self.where)
         if isinstance(self.rank, dict):
             return factorize_(model, self.rank, None, self.init, self.op)
-        return factorize_(model, lambda name, linear: min(self.rank, self.limit(linear)), picked, self.init, self.op)
+        def start(name, linear):
+            return min(check_rank(self.rank, linear.out_features, linear.in_features, "Recipe", name)
+                       if isinstance(self.rank, float) else self.rank, self.limit(linear))
+        return factorize_(model, start, picked, self.init, self.op)
 
 
 class Resize(NamedTuple):
@@ -122,6 +126,10 @@ class RankAdapter:
                              "recipe.prepare(model) before the optimizer is made.")
         if self.layers:
             recipe.state.check(self.optimizers)
+            shapes = [(layer.out_features, layer.in_features) for layer in self.layers.values()]
+            idle = getattr(recipe.control, "idle", lambda *_: "")(list(self.ranks.values()), shapes)
+            if idle:
+                warnings.warn(f"RankAdapter: {idle}", stacklevel=2)
         self.memory = recipe.control.init(list(self.ranks.values()))
         self.steps, self.losses, self.seconds = 0, [], 0.0
         self.stale: dict[str, list] = {}            # under Stale: layer -> shapes that the optimizer still holds

@@ -49,8 +49,11 @@ class Budget:
 
     At progress p of the run the budget is end + (start - end) (1 - x)^3, x = (p - begin) / (end - begin) in [0, 1]: most
     is cut early, when learning rates are high and mistakes are cheap (the schedule of Zhu & Gupta 2017; AdaLoRA's).
-    From a start below the final budget nothing moves.  Nothing ever grows.  It needs the length of the run
-    (`RankAdapter(..., total_steps=...)`), and a ValueError says so.
+    From a start below the final budget nothing moves, and `RankAdapter` warns of it.  Without `start` nothing ever grows.
+    It needs the length of the run (`RankAdapter(..., total_steps=...)`), and a ValueError says so.
+
+    start: at the first decision every narrower layer grows to this rank, its cap permitting, and the cubic starts there:
+    then the rank that the model was built with hardly matters.  None: the cubic starts from the ranks as they come.
     """
 
     share: float = 1 / 6                # all ours, from the suite `method`
@@ -59,12 +62,25 @@ class Budget:
     min_rank: int = 4
     multiple: int = 1
     per_parameter: bool = False         # True starves wide layers: one of their directions costs more
+    start: int | None = None
     wants_length = True                 # RankAdapter refuses it without total_steps
 
     def init(self, ranks):
-        return [int(r) for r in ranks]                              # where the cubic starts
+        return None if self.start else [int(r) for r in ranks]      # where the cubic starts
+
+    def idle(self, ranks, shapes):
+        """Will no rank ever move, since the model starts at or below its final budget?  What to do then, else ""."""
+        dense = sum(m * n for m, n in shapes)
+        if self.start or size(ranks, shapes) > self.share * dense:
+            return ""
+        return (f"Budget: the layers hold {size(ranks, shapes) / dense:.3g} of their dense parameters, no more than the "
+                f"budget of share={self.share:.3g}: no rank will ever move. Start wider: factorize_(model, rank=0.5).")
 
     def step(self, ranks, targets, memory, signal):
+        if memory is None:
+            memory = [min(self.start, cap) for cap in signal.caps]
+            if any(r < k for r, k in zip(ranks, memory, strict=True)):
+                return [max(r, k) for r, k in zip(ranks, memory)], memory       # what is new has no worth yet
         x = min(max((signal.progress - self.begin) / (self.end - self.begin), 0.0), 1.0)
         start = size(memory, signal.shapes)
         end = min(start, self.share * sum(m * n for m, n in signal.shapes))

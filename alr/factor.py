@@ -24,8 +24,16 @@ def break_even(m: int, n: int) -> int:
     return max(1, m * n // (m + n))
 
 
-def check_rank(k: int, m: int, n: int, who: str = "resize", layer: str = "a matrix") -> int:
-    """k, if a matrix of m x n can have that rank.  ValueError otherwise."""
+def check_rank(k: int | float, m: int, n: int, who: str = "resize", layer: str = "a matrix") -> int:
+    """k, if a matrix of m x n can have that rank; a float is a share of the dense matrix' numbers, 0.5 half of them.
+
+    ValueError otherwise.
+    """
+    if isinstance(k, float):
+        if not 0 < k <= 1:
+            raise ValueError(f"{who}: share {k:g} asked of {layer} ({m} x {n}); it takes 0 to 1, or a rank as a whole "
+                             f"number, 1 to {min(m, n)}.")
+        return max(1, int(k * m * n / (m + n)))
     if not 1 <= k <= min(m, n):
         raise ValueError(f"{who}: rank {k} asked of {layer} ({m} x {n}); it takes 1 to {min(m, n)}.")
     return int(k)

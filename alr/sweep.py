@@ -21,6 +21,7 @@ from typing import Sequence
 from tqdm import tqdm
 
 from . import data, suite as suites
+from .recipes import parse
 from .records import thin, verify_digest
 from .suite import ROOT, Job, Suite
 from .train import Config, train
@@ -48,7 +49,15 @@ def recorded(job: Job, recipe, root: Path) -> bool:
         first = json.loads(next(lines))
     now = configuration(job)
     was = Config().describe() | first["config"]         # a setting younger than the record stood at its default
-    return first["recipe"] == repr(recipe) and {k: was[k] for k in now} == now
+    return same_recipe(first["recipe"], recipe) and {k: was[k] for k in now} == now
+
+
+def same_recipe(text: str, recipe) -> bool:
+    """Is this a record's text of that recipe?  Values count: a field younger than the record stood at its default."""
+    try:
+        return text == repr(recipe) or parse(text) == recipe
+    except ValueError:                                  # something in it has another name today
+        return False
 
 
 def record(suite: Suite, job: Job, root: Path = ROOT, quiet: bool = True) -> Path:

@@ -10,6 +10,7 @@ decision and on no other, so they cost nothing in between.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Callable
 
 import torch
 from torch import Tensor
@@ -138,6 +139,29 @@ def grow_along(U: Tensor, V: Tensor, k: int, G: Tensor) -> tuple[Tensor, Tensor]
     length = V.detach().norm(dim=1).mean()
     V2[r:r + len(Z)] = (Z / Z.norm(dim=1, keepdim=True)).to(V2) * length
     return U2, V2
+
+
+@dataclass(frozen=True)
+class TwoWays:
+    """One rule to shrink by, another to grow by."""
+
+    shrink: Callable                    # (U, V, k) -> (U', V'), as on the recipe's axis `resize`
+    grow: Callable
+
+    def attach(self, adapter) -> None:
+        for rule in (self.shrink, self.grow):
+            if hasattr(rule, "attach"):
+                rule.attach(adapter)
+
+    def of(self, layer):
+        """The resize of one layer."""
+        def resize(U, V, k):
+            rule = self.grow if k > U.shape[1] else self.shrink
+            return (rule.of(layer) if hasattr(rule, "of") else rule)(U, V, k)
+        return resize
+
+    def __call__(self, U: Tensor, V: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        return (self.grow if k > U.shape[1] else self.shrink)(U, V, k)
 
 
 @dataclass(frozen=True)

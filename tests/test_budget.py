@@ -2,6 +2,8 @@
 
 import itertools
 import random
+import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -77,6 +79,33 @@ def test_budget_from_below_stays_and_wants_to_know_the_length():
     model = alr.factorize_(nn.Sequential(nn.Linear(8, 8)), rank=4)
     with pytest.raises(ValueError, match="total_steps"):
         alr.RankAdapter(model, torch.optim.Adam(model.parameters()), alr.recipes.alr)
+
+
+def test_budget_with_a_start_forgets_the_initial_rank():
+    control, shapes = Budget(share=0.25, end=0.5, min_rank=1, start=6), [(10, 10), (10, 30)]
+    def path(ranks):
+        memory, sizes = control.init(ranks), []
+        for progress in (0.1, 0.2, 0.3, 0.5, 1.0):
+            ranks, memory = control.step(ranks, [[1.0] * r for r in ranks], memory, signal(progress))
+            sizes.append(size(ranks, shapes))
+        return sizes, ranks
+    small, wide = path([2, 8]), path([9, 9])
+    assert small[0][0] == size([6, 8], shapes)                      # who is wider is cut when worths are known
+    assert small[0][1:] == wide[0][1:] and wide[0] == sorted(wide[0], reverse=True)
+    capped, memory = control.step([2, 2], [[1.0] * 2] * 2, control.init([2, 2]), signal(0.1)._replace(caps=[4, 9]))
+    assert capped == memory == [4, 6]
+
+
+def test_a_budget_that_cannot_move_says_so():
+    def adapter(rank, control=Budget(share=0.5)):
+        model = alr.factorize_(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 16)), rank=rank)
+        return alr.RankAdapter(model, torch.optim.Adam(model.parameters()), replace(alr.recipes.alr, control=control), 9)
+    with pytest.warns(UserWarning, match="no rank will ever move.*rank=0.5"):
+        adapter(0.4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        adapter(0.9)
+        adapter(1, Budget(share=0.5, start=3))
 
 
 def test_loss_target_shrinks_while_it_is_free_and_grows_when_it_is_not():

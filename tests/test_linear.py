@@ -1,6 +1,7 @@
 """Laws of `alr.linear`: the layer is x W^T + b, models go there and back, what cannot work says so."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -81,6 +82,11 @@ def test_ranks_by_number_name_and_rule():
     assert {k: v.rank for k, v in low_rank_layers(model).items()} == {"up": 3, "head": 7} and type(model.down) is nn.Linear
     model = factorize_(Net(), lambda name, linear: linear.out_features // 8, where=lambda name: name != "head")
     assert {k: v.rank for k, v in low_rank_layers(model).items()} == {"up": 6, "down": 4}
+    dense = Net().up.weight.numel()                                 # 48 x 32: break-even is 19
+    for share in (0.1, 0.5, 1.0):
+        low = low_rank_layers(factorize_(Net(), share))["up"]
+        assert share * dense - 80 < low.U.numel() + low.V.numel() <= share * dense
+    assert low_rank_layers(replace(alr.recipes.uniform, rank=0.25).prepare(Net()))["up"].rank == 4
 
 
 def test_spectral_init_keeps_the_best_approximation_and_match_its_size():
@@ -132,6 +138,7 @@ def test_torch_transformer_layer_works_in_train_and_eval():
     (lambda: factorize_(Net(tied=True), 8), "'head' shares its weight with 'wte'"),
     (lambda: factorize_(Net(), 0), r"rank 0 asked of up \(48 x 32\); it takes 1 to 32"),
     (lambda: factorize_(Net(), -3), "rank -3"), (lambda: factorize_(Net(), 33), "rank 33"),
+    (lambda: factorize_(Net(), 64.0), "share 64 asked of up.*a rank as a whole number, 1 to 32"),
     (lambda: factorize_(Net(), {"upp": 3}), "'upp', which is not an nn.Linear"),
     (lambda: factorize_(nn.Linear(3, 3), 2), "from_linear"),
     (lambda: factorize_(nn.DataParallel(Net()), 2), "wrapped in DataParallel"),

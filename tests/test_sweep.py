@@ -7,7 +7,7 @@ import random
 import pytest
 
 from alr import suite as suites
-from alr import sweep
+from alr import recipes, sweep
 from alr.suite import borrowed
 from alr.train import Config
 
@@ -115,6 +115,13 @@ def test_a_changed_configuration_is_run_again(make):
     sweep.sweep(suite, root=root)
     changed, _ = make(ARMS.replace("rank=12", "rank=11"))
     assert sweep.sweep(changed, root=root) >= 2
+
+
+def test_a_field_younger_than_a_record_does_not_make_it_another_run():
+    text = repr(recipes.alr)
+    assert ", start=None" in text and sweep.same_recipe(text.replace(", start=None", ""), recipes.alr)
+    assert not sweep.same_recipe(text.replace("start=None", "start=9"), recipes.alr)
+    assert not sweep.same_recipe(text.replace("FisherCut", "NoSuchCut"), recipes.alr)
 
 
 def test_tuning_chooses_by_the_rule_in_the_file(make):

@@ -8,10 +8,12 @@ import torch.nn.functional as F
 from torch import nn
 
 import alr
+from alr import recipes
 from alr.control import Schedule
 from alr.factor import core, svd_core
+from alr.fisher import FisherCut
 from alr.linear import factorize_, low_rank_layers
-from alr.watch import GrowAlongGradient, LossSpectrum, OutputSpectrum, grow_along, loss_lost, output_energy
+from alr.watch import GrowAlongGradient, LossSpectrum, OutputSpectrum, TwoWays, grow_along, loss_lost, output_energy
 
 close = torch.testing.assert_close
 
@@ -111,6 +113,20 @@ def test_the_dense_gradient_is_the_one_that_a_formed_w_would_get():
     F.linear(torch.tanh(F.linear(x, adapter.layers["0"].weight, adapter.layers["0"].bias)), W,
              layer.bias).square().mean().backward()
     close(layer.dense_gradient, W.grad)
+
+
+def test_two_ways_asks_one_rule_to_shrink_and_another_to_grow():
+    U, V = factors()                                                # rank 5
+    ways = TwoWays(svd_core, lambda U, V, k: grow_along(U, V, k, torch.ones(len(U), V.shape[1], dtype=U.dtype)))
+    close(ways(U, V, 3)[0], svd_core(U, V, 3)[0])
+    assert ways(U, V, 6)[0].shape[1] == 6
+    model = net()
+    recipe = replace(alr.recipes.alr, resize=TwoWays(FisherCut(steps=2), GrowAlongGradient(steps=2)), every=4, epoch=12,
+                     control=Schedule(path=((4, 6), (8, 2))), cap="min")
+    events = train(model, recipe)
+    assert [(e.step, e.old, e.new) for e in events] == [(4, 4, 6)] * 2 + [(8, 6, 2)] * 2
+    assert all(e.error < 1e-6 for e in events[:2])
+    assert recipes.parse(repr(recipe)) == recipe
 
 
 def test_svd_core_and_growth_agree_on_shrinking():
