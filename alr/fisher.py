@@ -17,6 +17,7 @@ al. 2025).  Between two factors everything is r x r, cheap enough to do while th
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 
 import torch
@@ -28,14 +29,19 @@ from .watch import watch
 DAMPING = 0.01                          # share of isotropic inputs and gradients mixed in (ours, untuned)
 
 
+def _cholesky(X: Tensor) -> tuple[Tensor, bool]:
+    """X's lower Cholesky factor, and whether there is none.  A hint of the identity, since grown directions are zero yet."""
+    L, info = torch.linalg.cholesky_ex(X + 1e-10 * X.diagonal().mean() * torch.eye(len(X), dtype=X.dtype))     # (r, r)
+    return L, bool(info.item())
+
+
 def _root(moment: Tensor, gram: Tensor, damping: float) -> Tensor:
     """L with L L^T = moment + damping of an isotropic one of the same size: (r, r), (r, r) -> (r, r)."""
     moment, gram = moment.double().cpu(), gram.double().cpu()       # (r, r), (r, r)
-    scale = (torch.linalg.pinv(gram, hermitian=True) @ moment).diagonal().mean()    # whatever the factors' scale
-    L = moment + damping * scale * gram                             # (r, r)
-    L = L + 1e-10 * L.diagonal().mean() * torch.eye(len(L), dtype=L.dtype)          # grown directions are still zero
-    L, info = torch.linalg.cholesky_ex(L)
-    if info.item():
+    L, bad = _cholesky(gram)
+    scale = torch.cholesky_solve(moment, L).diagonal().mean()       # of gram^-1 moment: whatever the factors' scale
+    L, worse = _cholesky(moment + damping * scale * gram)           # (r, r)
+    if bad or worse:
         raise FloatingPointError("fisher: a second moment is not positive definite: the layer has diverged, has dependent "
                                  "directions, or has seen no data and no gradient.")
     return L
@@ -55,7 +61,10 @@ def metric(U: Tensor, V: Tensor, hidden: Tensor, felt: Tensor, damping: float = 
 
 def fisher_cut(U: Tensor, V: Tensor, k: int, hidden: Tensor, felt: Tensor, damping: float = DAMPING) -> tuple[Tensor, Tensor]:
     """The rank-k factors whose loss is nearest, k <= r, split evenly: (m, r), (r, n) -> (m, k), (k, n)."""
-    _, A, B = metric(U, V, hidden, felt, damping)                   # (r,), (r, r), (r, r)
+    return _cut(U, V, k, *metric(U, V, hidden, felt, damping)[1:])
+
+
+def _cut(U, V, k, A, B):                                            # (m, r), (r, n), (r, r), (r, r)
     wide = torch.promote_types(U.dtype, torch.float32)
     U2 = U.detach().to(wide) @ A[:, :k].to(U.device, wide)          # (m, k)
     V2 = B[:k].to(V.device, wide) @ V.detach().to(wide)             # (k, n)
@@ -67,6 +76,19 @@ def _known(layer) -> bool:
     """Has this layer, at its present rank, been watched?"""
     return all(getattr(layer, name, None) is not None and len(getattr(layer, name)) == layer.rank
                for name in ("hidden", "felt"))
+
+
+_LAST = weakref.WeakKeyDictionary()     # layer -> what `metric` was given, what it gave; not on the layer, which is copied
+
+
+def _metric(layer) -> tuple[Tensor, Tensor, Tensor]:
+    """`metric` of a layer; the cut finds what the worth computed, as long as nothing it depends on has changed."""
+    given = (layer.U, layer.V, layer.hidden, layer.felt)
+    seen, found = _LAST.get(layer, ([], None))
+    if not seen or not all(ref() is x and version == x._version for (ref, version), x in zip(seen, given)):
+        found = metric(*given)
+        _LAST[layer] = [(weakref.ref(x), x._version) for x in given], found
+    return found
 
 
 @dataclass(frozen=True)
@@ -84,7 +106,7 @@ class FisherSpectrum:
     def __call__(self, layer) -> tuple[float, ...]:
         if not _known(layer):
             return (1.0 / layer.rank,) * layer.rank
-        return tuple((metric(layer.U, layer.V, layer.hidden, layer.felt)[0].square() / 2).tolist())
+        return tuple((_metric(layer)[0].square() / 2).tolist())
 
 
 @dataclass(frozen=True)
@@ -101,7 +123,7 @@ class FisherCut:
         def resize(U, V, k):
             if k > U.shape[1] or not _known(layer):
                 return self(U, V, k)
-            return fisher_cut(U, V, k, layer.hidden, layer.felt)
+            return _cut(U, V, k, *_metric(layer)[1:])
         return resize
 
     def __call__(self, U: Tensor, V: Tensor, k: int) -> tuple[Tensor, Tensor]:

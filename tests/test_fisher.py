@@ -1,5 +1,6 @@
 """Worth and cuts in the metric of the loss: best in that metric, blind to how W is factored, and about right in nats."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -127,6 +128,23 @@ def test_a_budget_shared_by_it_cuts_and_learns():
         optimizer.step()
         events += adapter.step()
     assert events and all(e.new < e.old for e in events) and all(layer.U.isfinite().all() for layer in adapter.layers.values())
+
+
+def test_a_cut_uses_what_its_worth_computed_and_never_what_is_stale(monkeypatch):
+    calls = []
+    monkeypatch.setattr("alr.fisher.metric", lambda *args: calls.append(1) or metric(*args))
+    layer = net()[0]
+    layer.hidden, layer.felt = torch.eye(4) * 2, torch.eye(4)
+    worth, cut = FisherSpectrum()(layer), FisherCut().of(layer)(layer.U, layer.V, 2)
+    assert len(calls) == 1
+    close(cut[0] @ cut[1], torch.mm(*fisher_cut(layer.U, layer.V, 2, layer.hidden, layer.felt)))
+    calls.clear()
+    with torch.no_grad():
+        layer.U.mul_(2)
+    FisherSpectrum()(layer)                                         # weights in place, moments replaced: both are noticed
+    layer.felt = layer.felt * 4
+    assert len(calls) == 1 and FisherSpectrum()(layer)[0] > 2 * worth[0] and len(calls) == 2
+    copy.deepcopy(layer)
 
 
 def test_a_layer_that_has_seen_nothing_says_so_or_waits():
