@@ -29,19 +29,14 @@ from .watch import watch
 DAMPING = 0.01                          # share of isotropic inputs and gradients mixed in (ours, untuned)
 
 
-def _cholesky(X: Tensor) -> tuple[Tensor, bool]:
-    """X's lower Cholesky factor, and whether there is none.  A hint of the identity, since grown directions are zero yet."""
-    L, info = torch.linalg.cholesky_ex(X + 1e-10 * X.diagonal().mean() * torch.eye(len(X), dtype=X.dtype))     # (r, r)
-    return L, bool(info.item())
-
-
 def _root(moment: Tensor, gram: Tensor, damping: float) -> Tensor:
     """L with L L^T = moment + damping of an isotropic one of the same size: (r, r), (r, r) -> (r, r)."""
     moment, gram = moment.double().cpu(), gram.double().cpu()       # (r, r), (r, r)
-    L, bad = _cholesky(gram)
-    scale = torch.cholesky_solve(moment, L).diagonal().mean()       # of gram^-1 moment: whatever the factors' scale
-    L, worse = _cholesky(moment + damping * scale * gram)           # (r, r)
-    if bad or worse:
+    scale = (torch.linalg.pinv(gram, hermitian=True) @ moment).diagonal().mean()    # whatever the factors' scale
+    L = moment + damping * scale * gram                             # (r, r)
+    L = L + 1e-10 * L.diagonal().mean() * torch.eye(len(L), dtype=L.dtype)          # grown directions are still zero
+    L, info = torch.linalg.cholesky_ex(L)
+    if info.item():
         raise FloatingPointError("fisher: a second moment is not positive definite: the layer has diverged, has dependent "
                                  "directions, or has seen no data and no gradient.")
     return L

@@ -50,13 +50,18 @@ def unit(column: str) -> str:
 
 
 def looks(names: Sequence[str]) -> dict[str, dict]:
-    """Colour, dash and marker of every arm or role; known names keep their colour, the others take turns in order."""
-    out, spare = {}, 0
+    """Colour, dash and marker of every arm or role: known names keep their colour, "alr, a third" has that of "alr" with
+    another dash, the others take turns in order."""
+    out, spare, kin = {}, 0, {}
     for i, name in enumerate(sorted(set(names), key=natural)):
-        dash, colour = "-", FIXED.get(name)
+        family = name.split(", ")[0]
+        dash, colour = "-", FIXED.get(family)
         if colour is None:
             dash, colour = DASHES[(spare // len(SPARE) + 1) % len(DASHES)], SPARE[spare % len(SPARE)]
             spare += 1
+        elif name != family:
+            kin[family] = kin.get(family, 0) + 1
+            dash = DASHES[kin[family] % len(DASHES)]
         out[name] = {"color": colour, "linestyle": dash, "marker": MARKERS[i % len(MARKERS)]}
     return out
 
