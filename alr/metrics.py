@@ -82,5 +82,12 @@ def growth_moves(run: Runs, suite: Runs) -> float:
     return float((run.resizes["new"] > run.resizes["old"]).sum())
 
 
+def adaptation_share(run: Runs, suite: Runs) -> float:
+    """Seconds spent on deciding and changing ranks, for each second of training steps."""
+    end = run.ends.iloc[0]
+    return float(end["seconds_adaptation"] / end["seconds_training"])
+
+
 METRICS = {f.__name__: f for f in (steps_to_loss, seconds_to_loss, best_val_loss, val_loss_at, role_rank, role_gap,
-                                   mean_rank_at, shrink_after_drop, lowest_of_suite, growth_moves)}
+                                   mean_rank_at, shrink_after_drop, lowest_of_suite, growth_moves,
+                                   adaptation_share)}

@@ -135,6 +135,7 @@ def test_metrics_of_curves(tmp_path):
     assert value("role_rank", role="o") == 64 + 3 - 5 * 4 and value("growth_moves") == 0
     assert value("role_gap", role="o", other="q") == 3 and value("role_gap", role="q", other="down") == -5
     assert value("mean_rank_at", epoch=1) > value("mean_rank_at", epoch=6) and value("mean_rank_at", epoch=99) is None
+    assert value("adaptation_share") == pytest.approx(1 / 12)            # a second beside six epochs of two
     assert value("lowest_of_suite", "dense") == value("best_val_loss")  # alr's, at the same seed
     c = one(tmp_path, arms=["alr", "dense"], metric="steps_to_loss", ratio=True, rule="<", threshold=0.9,
             **{"with": {"level": "dense"}})
