@@ -1,7 +1,7 @@
 """An optimizer for pairs of factors: a step bounds the change of the product W = U V, not of its factors.
 
 Dims: m out_features, n in_features, r rank.  U (m, r), V (r, n).  A side is U or V^T, (L, r) with L = m or n;
-b sides of one length L are worked on together, padded with zero columns to the largest rank R of them.
+b sides of one length L and like rank are worked on together, padded with zero columns to the largest rank R of them.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from .linear import low_rank_layers
 
+BUCKET = 64     # sides whose ranks lie in one stretch of so many are worked on together (ours; wider ones waste their padding)
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)    # of the quintic that sends singular values towards 1; Muon (Jordan 2024)
 
 
@@ -39,10 +40,11 @@ def whitener(G: Tensor, steps: int = 5) -> Tensor:
     a, b, c = COEFFICIENTS
     eye = torch.eye(G.shape[-1], device=G.device, dtype=G.dtype)    # (r, r)
     size = G.diagonal(dim1=-2, dim2=-1).sum(-1).clamp_min(1e-30)[..., None, None]     # ||X||_F^2
-    G, Q = G / size, eye * size.rsqrt()                             # (..., r, r), (..., r, r)
-    for _ in range(steps):
+    G, Q = G / size, None                                           # (..., r, r)
+    for left in reversed(range(steps)):
         P = a * eye + b * G + c * G @ G                             # (..., r, r); commutes with G
-        Q, G = Q @ P, P @ G @ P
+        Q = P * size.rsqrt() if Q is None else Q @ P                # (..., r, r)
+        G = P @ G @ P if left else G
     return Q
 
 
@@ -95,9 +97,10 @@ class PairOptimizer(Optimizer):
         grads = [p.grad for p in params]
         torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
         moves = torch._foreach_lerp(grads, buffers, group["momentum"]) if group["nesterov"] else buffers
-        sides: dict[tuple, list[int]] = {}                          # (L, device, dtype) -> places in params
+        sides: dict[tuple, list[int]] = {}                          # (L, bucket, device, dtype) -> places in params
         for i, p in enumerate(params):
-            sides.setdefault((p.shape[i % 2], p.device, p.dtype), []).append(i)     # even: U (m, r); odd: V (r, n)
+            L, r = p.shape[i % 2], p.shape[1 - i % 2]                       # even: U (m, r); odd: V (r, n)
+            sides.setdefault((L, -(-r // BUCKET), p.device, p.dtype), []).append(i)
         updates, sigmas = [None] * len(params), [None] * len(params)
         for places in sides.values():
             X = _stack([_side(moves[i], i) for i in places])        # (b, L, R)
