@@ -27,19 +27,22 @@ from .factor import grow, svd_core
 from .watch import watch
 
 DAMPING = 0.01                          # share of isotropic inputs and gradients mixed in (ours, untuned)
+# Times the mean diagonal: under a second moment, where a grown direction is zero yet; the next where rounding of the sums
+# over tokens, in float32, has left it a negative eigenvalue (at most about r times float32's 1e-7)
+FLOORS = (1e-10, 1e-7, 1e-6, 1e-5)
 
 
 def _root(moment: Tensor, gram: Tensor, damping: float) -> Tensor:
     """L with L L^T = moment + damping of an isotropic one of the same size: (r, r), (r, r) -> (r, r)."""
     moment, gram = moment.double().cpu(), gram.double().cpu()       # (r, r), (r, r)
     scale = (torch.linalg.pinv(gram, hermitian=True) @ moment).diagonal().mean()    # whatever the factors' scale
-    L = moment + damping * scale * gram                             # (r, r)
-    L = L + 1e-10 * L.diagonal().mean() * torch.eye(len(L), dtype=L.dtype)          # grown directions are still zero
-    L, info = torch.linalg.cholesky_ex(L)
-    if info.item():
-        raise FloatingPointError("fisher: a second moment is not positive definite: the layer has diverged, has dependent "
-                                 "directions, or has seen no data and no gradient.")
-    return L
+    X = moment + damping * scale * gram                             # (r, r)
+    for floor in FLOORS:
+        L, info = torch.linalg.cholesky_ex(X + floor * X.diagonal().mean() * torch.eye(len(X), dtype=X.dtype))
+        if not info.item():
+            return L
+    raise FloatingPointError("fisher: a second moment is not positive definite: the layer has diverged, has dependent "
+                             "directions, or has seen no data and no gradient.")
 
 
 def metric(U: Tensor, V: Tensor, hidden: Tensor, felt: Tensor, damping: float = DAMPING) -> tuple[Tensor, Tensor, Tensor]:

@@ -130,6 +130,19 @@ def test_a_budget_shared_by_it_cuts_and_learns():
     assert events and all(e.new < e.old for e in events) and all(layer.U.isfinite().all() for layer in adapter.layers.values())
 
 
+def test_moments_rounded_in_float32_are_no_divergence():
+    g = torch.Generator().manual_seed(0)
+    U, V = torch.randn(40, 16, generator=g), torch.randn(16, 30, generator=g)
+    U, V = U * torch.logspace(0, -6, 16), V * torch.logspace(0, -6, 16)[:, None]     # directions that have hardly grown yet
+    h, d = torch.randn(300, 30, generator=g) @ V.mT, torch.randn(300, 40, generator=g) @ U
+    H, K = h.mT @ h / 300, d.mT @ d / 300
+    worst = torch.linalg.eigvalsh(H.double())
+    H = H - 2e-7 * worst[-1] * torch.eye(16)                        # rounding, at its worst
+    S = metric(U, V, H, K)[0]
+    assert S.isfinite().all() and S[0] > 100 * S[8]
+    assert all(x.isfinite().all() for x in fisher_cut(U, V, 6, H, K))
+
+
 def test_a_cut_uses_what_its_worth_computed_and_never_what_is_stale(monkeypatch):
     calls = []
     monkeypatch.setattr("alr.fisher.metric", lambda *args: calls.append(1) or metric(*args))
