@@ -35,7 +35,8 @@ FLOORS = (1e-10, 1e-7, 1e-6, 1e-5)
 def _root(moment: Tensor, gram: Tensor, damping: float) -> Tensor:
     """L with L L^T = moment + damping of an isotropic one of the same size: (r, r), (r, r) -> (r, r)."""
     moment, gram = moment.double().cpu(), gram.double().cpu()       # (r, r), (r, r)
-    scale = (torch.linalg.pinv(gram, hermitian=True) @ moment).diagonal().mean()    # whatever the factors' scale
+    # whatever the factors' scale; directions that have hardly grown would magnify the moment's rounding
+    scale = (torch.linalg.pinv(gram, rtol=1e-6, hermitian=True) @ moment).diagonal().mean()
     X = moment + damping * scale * gram                             # (r, r)
     for floor in FLOORS:
         L, info = torch.linalg.cholesky_ex(X + floor * X.diagonal().mean() * torch.eye(len(X), dtype=X.dtype))
