@@ -43,7 +43,7 @@ class Config:
     tied: bool = False                  # head and token embedding share one matrix
     embed_std: float = 0.02             # of the GPT's embeddings at the start; GPT-2's
 
-    init_rank: int | None = None        # rank of every layer at the start; the recipe's if not said
+    init_rank: int | float | None = None        # rank of every layer at the start, or (0.5) a share of its dense parameters
     min_rank: int | None = None         # least rank a controller may choose; the recipe's if not said
 
     optimizer: Literal["adamw", "adam", "sgd", "muon", "pairs"] = "adamw"   # muon: on block matrices, pairs: on factors
@@ -69,11 +69,14 @@ class Config:
     def __post_init__(self):
         if self.data_file is not None and self.corpus != "pydoc":
             raise ValueError(f"data_file {self.data_file} and corpus {self.corpus} are both given; leave one out.")
-        for name in ("epochs", "steps_per_epoch", "batch_size", "block_size", "log_every", "init_rank", "min_rank",
-                     "threads", "eval_tokens"):
+        for name in ("epochs", "steps_per_epoch", "batch_size", "block_size", "log_every", "min_rank", "threads",
+                     "eval_tokens", *("init_rank",) * (not isinstance(self.init_rank, float))):
             value = getattr(self, name)
             if value is not None and (value != int(value) or value < 1):
                 raise ValueError(f"{name} is {value}; wanted a whole number of at least 1.")
+        if isinstance(self.init_rank, float) and not 0 < self.init_rank <= 1:
+            raise ValueError(f"init_rank is {self.init_rank}; wanted a rank as a whole number of at least 1, or a share of the "
+                             "dense layer's parameters between 0 and 1.")
         for name in ("lr", "rest_lr", "muon_lr", "pairs_lr", "embed_std", "grad_clip"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
