@@ -19,10 +19,11 @@ from torch import nn
 from torch.optim import Optimizer
 
 from .control import ByLayer, Hold, Signal
-from .factor import SvdCore, break_even, check_rank, relative_change
+from .factor import SvdCore, break_even, for_layer, relative_change
 from .init import Spectral
 from .linear import LowRankLinear, _refuse_wrapped, factorize_, low_rank_layers
 from .state import Stale, Swap, Transport, replace_parameter
+from .watch import MOMENTS
 
 UNSEEN = 10                             # optimizer steps without adapter.step() before we say so (ours)
 
@@ -76,10 +77,7 @@ class Recipe:
             return (where is None or where(name)) and any(fnmatchcase(name, p) for p in self.where)
         if isinstance(self.rank, dict):
             return factorize_(model, self.rank, None, self.init, self.op)
-        def start(name, linear):
-            return min(check_rank(self.rank, linear.out_features, linear.in_features, "Recipe", name)
-                       if isinstance(self.rank, float) else self.rank, self.limit(linear))
-        return factorize_(model, start, picked, self.init, self.op)
+        return factorize_(model, lambda name, linear: min(self.rank, self.limit(linear)), picked, self.init, self.op)
 
 
 class Resize(NamedTuple):
@@ -126,8 +124,7 @@ class RankAdapter:
                              "recipe.prepare(model) before the optimizer is made.")
         if self.layers:
             recipe.state.check(self.optimizers)
-            shapes = [(layer.out_features, layer.in_features) for layer in self.layers.values()]
-            idle = getattr(recipe.control, "idle", lambda *_: "")(list(self.ranks.values()), shapes)
+            idle = getattr(recipe.control, "idle", lambda *_: "")(list(self.ranks.values()), self.shapes)
             if idle:
                 warnings.warn(f"RankAdapter: {idle}", stacklevel=2)
         self.memory = recipe.control.init(list(self.ranks.values()))
@@ -146,6 +143,11 @@ class RankAdapter:
     def ranks(self) -> dict[str, int]:
         """The rank of every layer now, by name."""
         return {name: layer.rank for name, layer in self.layers.items()}
+
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """(m, n) of every layer, in the order of `ranks`."""
+        return [(layer.out_features, layer.in_features) for layer in self.layers.values()]
 
     def _count(self, *_):
         # nobody should train for hours and learn at the end that no rank could move (PEFT issues 432, 1801)
@@ -174,7 +176,7 @@ class RankAdapter:
                    for name, layer in self.layers.items()]
         progress = self.steps / self.total_steps if self.total_steps else None
         signal = Signal([r.limit(layer) for layer in self.layers.values()], self.steps, tuple(self.losses), progress,
-                        list(self.layers), [(x.out_features, x.in_features) for x in self.layers.values()])
+                        list(self.layers), self.shapes)
         wanted, self.memory = r.control.step(ranks, targets, self.memory, signal)
         events = self.resize({name: k for name, old, k in zip(self.layers, ranks, wanted) if k != old},
                              dict(zip(self.layers, targets)))
@@ -188,8 +190,7 @@ class RankAdapter:
         for name, k in ranks.items():
             layer = self.layers[name]
             U, V = layer.U, layer.V                                             # (m, r), (r, n)
-            rule = self.recipe.resize.of(layer) if hasattr(self.recipe.resize, "of") else self.recipe.resize
-            U2, V2 = rule(U.detach(), V.detach(), int(k))                       # (m, k), (k, n)
+            U2, V2 = for_layer(self.recipe.resize, layer)(U.detach(), V.detach(), int(k))      # (m, k), (k, n)
             U2, V2 = U2.contiguous(), V2.contiguous()       # or a reloaded layer would round differently
             if not (U2.isfinite().all() and V2.isfinite().all()):
                 raise FloatingPointError(f"RankAdapter: resizing {name} from {U.shape[1]} to {k} gave numbers that are "
@@ -207,7 +208,7 @@ class RankAdapter:
         """Plain numbers: what is needed, with the model's and the optimizer's own, to go on as if never stopped."""
         return {"steps": self.steps, "memory": self.memory, "losses": list(self.losses), "seconds": self.seconds,
                 "stale": {name: [list(s) for s in shapes] for name, shapes in self.stale.items()},
-                "seen": {name: {k: v.clone() for k in ("hidden", "felt") if (v := getattr(layer, k, None)) is not None}
+                "seen": {name: {k: v.clone() for k in MOMENTS if (v := getattr(layer, k, None)) is not None}
                          for name, layer in self.layers.items()} if self.watched else {}}
 
     def load_state_dict(self, state: dict) -> None:

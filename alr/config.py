@@ -70,12 +70,13 @@ class Config:
         if self.data_file is not None and self.corpus != "pydoc":
             raise ValueError(f"data_file {self.data_file} and corpus {self.corpus} are both given; leave one out.")
         for name in ("epochs", "steps_per_epoch", "batch_size", "block_size", "log_every", "min_rank", "threads",
-                     "eval_tokens", *("init_rank",) * (not isinstance(self.init_rank, float))):
+                     "eval_tokens"):
             value = getattr(self, name)
             if value is not None and (value != int(value) or value < 1):
                 raise ValueError(f"{name} is {value}; wanted a whole number of at least 1.")
-        if isinstance(self.init_rank, float) and not 0 < self.init_rank <= 1:
-            raise ValueError(f"init_rank is {self.init_rank}; wanted a rank as a whole number of at least 1, or a share of the "
+        start = self.init_rank
+        if start is not None and not (0 < start <= 1 if isinstance(start, float) else start >= 1):
+            raise ValueError(f"init_rank is {start}; wanted a rank as a whole number of at least 1, or a share of the "
                              "dense layer's parameters between 0 and 1.")
         for name in ("lr", "rest_lr", "muon_lr", "pairs_lr", "embed_std", "grad_clip"):
             value = getattr(self, name)

@@ -9,6 +9,7 @@ are: it costs nothing there, it is the same on every device, and MPS has neither
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Callable
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ def break_even(m: int, n: int) -> int:
 
 
 def check_rank(k: int | float, m: int, n: int, who: str = "resize", layer: str = "a matrix") -> int:
-    """k, if a matrix of m x n can have that rank; a float is a share of the dense matrix' numbers, 0.5 half of them.
+    """k, if a matrix of m x n can have that rank; a float is a share of the dense matrix's numbers, 0.5 half of them.
 
     ValueError otherwise.
     """
@@ -37,6 +38,11 @@ def check_rank(k: int | float, m: int, n: int, who: str = "resize", layer: str =
     if not 1 <= k <= min(m, n):
         raise ValueError(f"{who}: rank {k} asked of {layer} ({m} x {n}); it takes 1 to {min(m, n)}.")
     return int(k)
+
+
+def for_layer(rule: Callable, layer) -> Callable:
+    """The resize rule as one layer has it: a rule with `of` knows more of a layer than its factors."""
+    return rule.of(layer) if hasattr(rule, "of") else rule
 
 
 # ------------------------------------------------------------------------------------------------ the core

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from .factor import grow, svd_core
-from .watch import watch
+from .watch import MOMENTS, watch
 
 DAMPING = 0.01                          # share of isotropic inputs and gradients mixed in (ours, untuned)
 # Times the mean diagonal: under a second moment, where a grown direction is zero yet; the next where rounding of the sums
@@ -74,7 +74,7 @@ def _cut(U, V, k, A, B):                                            # (m, r), (r
 def _known(layer) -> bool:
     """Has this layer, at its present rank, been watched?"""
     return all(getattr(layer, name, None) is not None and len(getattr(layer, name)) == layer.rank
-               for name in ("hidden", "felt"))
+               for name in MOMENTS)
 
 
 _LAST = weakref.WeakKeyDictionary()     # layer -> what `metric` was given, what it gave; not on the layer, which is copied

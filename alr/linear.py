@@ -98,8 +98,9 @@ def factorize_(model: nn.Module, rank: int | float | Mapping[str, int | float] |
     """Replace the model's nn.Linear layers by LowRankLinear ones, in place; returns the model.  `densify_` undoes it.
 
     rank: one number, {layer name: number}, or a function (name, linear) -> number; an int is a rank, a float a share of
-    the dense layer's parameters (0.5: half).  where(name) -> bool picks layers; without it all of them (or the mapping's).  init(weight, rank) -> (U, V); the default is the truncated SVD,
-    so a trained model keeps the best approximation of what it knows.  op: what forward computes, `factored` if not said.
+    the dense layer's parameters (0.5: half).  where(name) -> bool picks layers; without it all of them (or the mapping's).
+    init(weight, rank) -> (U, V); the default is the truncated SVD, so a trained model keeps the best approximation of
+    what it knows.  op: what forward computes, `factored` if not said.
     Only exact nn.Linear layers are taken: a subclass may have a forward of its own.  Hooks of a replaced layer are gone.
     Make the optimizer afterwards: one made before still holds the old weights.
 

@@ -15,7 +15,9 @@ from typing import Callable
 import torch
 from torch import Tensor
 
-from .factor import core, grow, svd_core
+from .factor import core, for_layer, grow, svd_core
+
+MOMENTS = ("hidden", "felt")            # what `watch` keeps on a layer from one decision to the next, both (r, r)
 
 
 def watch(adapter, hidden: bool = False, felt: bool = False, gradient: bool = False, steps: int = 1) -> None:
@@ -155,10 +157,7 @@ class TwoWays:
 
     def of(self, layer):
         """The resize of one layer."""
-        def resize(U, V, k):
-            rule = self.grow if k > U.shape[1] else self.shrink
-            return (rule.of(layer) if hasattr(rule, "of") else rule)(U, V, k)
-        return resize
+        return TwoWays(for_layer(self.shrink, layer), for_layer(self.grow, layer))
 
     def __call__(self, U: Tensor, V: Tensor, k: int) -> tuple[Tensor, Tensor]:
         return (self.grow if k > U.shape[1] else self.shrink)(U, V, k)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .adapt import RankAdapter, Resize
 from .device import synchronize
+from .watch import MOMENTS
 
 
 class Workers:
@@ -72,7 +73,7 @@ class Workers:
             if self.size == 1:
                 return decide()
             for layer in adapter.layers.values():       # each process has watched its share of the batch
-                for moment in (getattr(layer, name, None) for name in ("hidden", "felt")):
+                for moment in (getattr(layer, name, None) for name in MOMENTS):
                     if moment is not None:
                         self.total(moment).div_(self.size)
             said = [(decide(), adapter.memory) if self.rank == 0 else None]

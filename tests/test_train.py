@@ -297,7 +297,8 @@ def test_every_recipe_trains_saves_and_resumes(small, tmp_path, name):
     ("--device cuda:77", "is not here"), ("--block-size 5000", "block_size 5000 is longer than the text"),
     ("--n-heads 3", "d_model 16 is not divisible by n_heads 3"), ("--recipe dense", "leave out --init-rank"),
     ("--recipe uniform", "leave out --min-rank"), ("--resume", "no checkpoint in"), ("--data-file empty.txt", "empty"),
-    ("--data-file binary.txt", "UTF-8"), ("--lr 1e30", "not finite any more by step"), ("--init-rank 17", "rank 17"), ("--init-rank 1.5", "init_rank is 1.5"),
+    ("--data-file binary.txt", "UTF-8"), ("--lr 1e30", "not finite any more by step"), ("--init-rank 17", "rank 17"),
+    ("--init-rank 1.5", "init_rank is 1.5"),
     ("--lr -1", "lr is -1.0; wanted a number above 0"), ("--init-rank 0", "init_rank is 0"), ("--bogus", "bogus")])
 def test_bad_input_is_one_message_an_exit_code_and_no_file(small, tmp_path, monkeypatch, capfd, flags, words):
     monkeypatch.chdir(tmp_path)
