@@ -10,49 +10,91 @@ from __future__ import annotations
 
 import time
 import warnings
-from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
-from typing import Any, Callable, NamedTuple, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Callable, Iterator, Literal, NamedTuple, Sequence
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from .control import ByLayer, Hold, Signal
-from .factor import SvdCore, break_even, for_layer, relative_change
+from .axes import Control, Count, Estimate, Factors, GradientRule, Init, Op, Part, ResizeRule, Signal, StatePolicy, Whole, check
+from .control import Hold
+from .factor import break_even, gram, mix_change, relative_change
+from .group import Group
 from .init import Spectral
-from .linear import LowRankLinear, _refuse_wrapped, factorize_, low_rank_layers
-from .state import Stale, Swap, Transport, replace_parameter
-from .watch import MOMENTS
+from .linear import LowRankLinear, Where, dense_weight, factorize_, low_rank_layers, picks, refuse_wrapped, successor, unwrapped
+from .observe import Observer, Seen
+from .resize import SvdCore
+from .state import Move, Plan, Swap, Transport, place_of
 
 UNSEEN = 10                             # optimizer steps without adapter.step() before we say so (ours)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A way to train with adaptive rank: one value on each axis, and when to act.  Its repr evaluates back to it.
+    """A way to train with adaptive rank: one value on each axis, and when to act.  Its repr reads back (`recipes.parse`).
 
-    every, warmup and stop are optimizer steps; `epoch` is the number of steps that the numbers were written for (the
-    scripts count epochs), so that `paced` can move a recipe to another epoch length.
+    every, offset, warmup and stop are optimizer steps; `epoch` is the number of steps that the numbers were written for
+    (the scripts count epochs), so that `paced` can move a recipe to another epoch length.
+    ValueError for a field of another type or range, and for axes that do not fit each other.
     """
 
     name: str
-    rank: int | float | dict | None = 64        # at the start, at most (a layer's cap may be lower): a rank, as a float a
-                                        # share of the dense layer's parameters, or {layer: rank}; None: dense
-    init: Callable = Spectral()
-    estimate: Callable | None = None    # layer -> float
-    control: Any = Hold()
-    resize: Callable = SvdCore()        # (U, V, k) -> (U', V')
-    state: Any = Transport()
-    gradient: Any = None                # what happens to gradients before the optimizer sees them (v1, v2)
-    op: Callable | None = None          # the layer's own forward and backward (v6, v7.3)
-    every: int = 200                    # steps between decisions; script v10: once per epoch of 200 steps
-    offset: int = 0                     # decisions at offset, offset + every, ...; 1: on the first batch of an epoch (v3)
-    warmup: int = 0                     # no decision up to and including this step
-    stop: int | None = None             # no decision after this step
-    epoch: int = 200
-    cap: str = "break-even"             # no rank above mn/(m+n); "min": up to min(m, n), as in the scripts
+    rank: Count | Part | dict[str, Count | Part] | None = 64   # at the start, at most (a layer's cap may be lower): a rank,
+                                        # as a float a share of the dense layer's parameters, or {layer: rank}; None: dense
+    init: Init = Spectral()
+    estimate: Estimate | None = None    # (layer, seen) -> a number, or an importance per direction
+    control: Control = Hold()
+    resize: ResizeRule = SvdCore()      # (U, V, k, seen) -> U', V'
+    state: StatePolicy = Transport()
+    gradient: GradientRule | None = None        # what happens to gradients before the optimizer sees them (v1, v2)
+    op: Op | None = None                # the layer's own forward and backward (v6, v7.3)
+    every: Count = 200                  # steps between decisions; script v10: once per epoch of 200 steps
+    offset: Whole = 0                   # decisions at offset, offset + every, ...; 1: on the first batch of an epoch (v3)
+    warmup: Whole = 0                   # no decision up to and including this step
+    stop: Whole | None = None           # no decision after this step
+    epoch: Count = 200
+    when: Literal["after", "before"] = "after"  # decide after the optimizer's step, or between backward and it (v3, v5 to v7.1)
+    cap: Literal["break-even", "min"] = "break-even"    # no rank above mn/(m+n); "min": up to min(m, n), as in the scripts
     where: tuple[str, ...] = ("*",)     # layers, as shell patterns of names
+    about: str = field(default="", repr=False, compare=False)   # one line for tables
+
+    def __post_init__(self):
+        check(self)
+        if self.estimate is None and not isinstance(self.control, Hold):
+            raise ValueError(f"Recipe {self.name!r}: control={self.control!r} would never be asked, since estimate is None; "
+                             "give an estimate, or leave control out.")
+        wants = self.control.wants
+        if self.estimate is not None and wants not in (None, self.estimate.gives):
+            raise ValueError(f"Recipe {self.name!r}: {type(self.control).__name__} reads a {wants} per layer, and "
+                             f"{type(self.estimate).__name__} gives a {self.estimate.gives}. A number goes with Bidirectional "
+                             "and the like, a spectrum with Budget and LossTarget.")
+        if self.op is not None and self.observes:
+            raise ValueError(f"Recipe {self.name!r}: op={self.op!r} hides the layer's inside, which "
+                             f"{' and '.join(type(axis).__name__ for axis in self.observes)} observes; leave op out.")
+
+    @property
+    def observes(self) -> list[Estimate | ResizeRule]:
+        """The axes that want to see the model train before a decision."""
+        return [axis for axis in (self.estimate, self.resize) if axis is not None and axis.needs and self.estimate is not None]
+
+    @property
+    def window(self) -> int:
+        """Over how many steps before a decision they look: never back beyond the decision before."""
+        return min(max((axis.steps for axis in self.observes), default=0), self.every)
+
+    def due(self, step: int) -> bool:
+        """Is there a decision at the end of this step?"""
+        late = self.stop is not None and step > self.stop
+        return self.estimate is not None and (step - self.offset) % self.every == 0 and step > self.warmup and not late
+
+    def next_due(self, step: int) -> int | None:
+        """The first decision after this step; None when there is none any more."""
+        if self.estimate is None:
+            return None
+        after = max(step, self.warmup) + 1
+        first = after + (self.offset - after) % self.every
+        return first if self.stop is None or first <= self.stop else None
 
     def paced(self, epoch: int) -> "Recipe":
         """The same recipe on a clock of `epoch` steps per epoch.  Axes that count steps are `paced` in their own way."""
@@ -60,24 +102,24 @@ class Recipe:
         def scale(steps):
             return None if steps is None else round(steps * factor)
         axes = {axis: value.paced(factor) for axis in ("estimate", "control", "gradient")
-                if hasattr(value := getattr(self, axis), "paced")}
+                if (value := getattr(self, axis)) is not None}
         return replace(self, every=max(1, scale(self.every)), warmup=scale(self.warmup), stop=scale(self.stop),
                        epoch=epoch, **axes)
 
     def limit(self, layer: nn.Module) -> int:
-        """The largest rank that this recipe gives a layer (nn.Linear or LowRankLinear)."""
-        m, n = layer.out_features, layer.in_features
+        """The largest rank that this recipe gives a layer (dense or LowRankLinear)."""
+        m, n = (layer.out_features, layer.in_features) if isinstance(layer, LowRankLinear) else dense_weight(layer).shape
         return min(min(m, n), break_even(m, n)) if self.cap == "break-even" else min(m, n)
 
-    def prepare(self, model: nn.Module, where: Callable[[str], bool] | None = None) -> nn.Module:
+    def prepare(self, model: nn.Module, where: Where = None) -> nn.Module:
         """factorize_ the model's layers as the recipe starts, in place; returns the model.  Dense recipes change nothing."""
         if self.rank is None:
             return model
-        def picked(name):
-            return (where is None or where(name)) and any(fnmatchcase(name, p) for p in self.where)
         if isinstance(self.rank, dict):
             return factorize_(model, self.rank, None, self.init, self.op)
-        return factorize_(model, lambda name, linear: min(self.rank, self.limit(linear)), picked, self.init, self.op)
+        def start(name, linear):
+            return self.rank if isinstance(self.rank, float) else min(self.rank, self.limit(linear))
+        return factorize_(model, start, lambda name: picks(where, name) and picks(self.where, name), self.init, self.op)
 
 
 class Resize(NamedTuple):
@@ -91,53 +133,96 @@ class Resize(NamedTuple):
     error: float                        # ||W - W'||_F / ||W||_F
 
 
-def single(target: float | Sequence[float]) -> float:
-    """An estimate as one number; of worths w per direction (sum w)^2 / sum w^2, how many count."""
+def effective_number(target: float | Sequence[float]) -> float:
+    """An estimate as one number; of importances w per direction (sum w)^2 / sum w^2, how many count."""
     if isinstance(target, (int, float)):
         return float(target)
-    squares = sum(w * w for w in target)
-    return sum(target) ** 2 / squares if squares > 0 else 1.0
+    top = max(target, default=0.0)
+    if not top > 0:
+        return 1.0
+    shares = [w / top for w in target]              # whatever scale the loss has
+    return sum(shares) ** 2 / sum(w * w for w in shares)
 
 
 class RankAdapter:
     """Watches the low-rank layers of a model and changes their ranks as a recipe says.
 
     Call `step()` after every optimizer.step() and before the gradients are zeroed; it returns the list of changes, which
-    is almost always empty.  A changed layer has new Parameters, and the optimizer has been told in the recipe's way; who
-    else holds them (DDP, EMA copies) is told by you, when the list is not empty.
+    is almost always empty.  A changed layer has new Parameters; the optimizer has been told in the recipe's way, and their
+    attributes and gradient hooks have moved along.  Who else holds them (an EMA copy) is told by you, when the list is not
+    empty (`alr.integrations.follow_ranks_`).
 
-    ValueError: no LowRankLinear in the model; a DDP-wrapped model; a controller that plans over the whole run, and no
-    total_steps.  TypeError: an optimizer that the state policy refuses.
+    optimizer: one or several, wrapped by accelerate or Lightning or not.  total_steps: optimizer steps of the whole run, for
+    controllers that plan over it.  group: the processes that train together; torch's default group if one is open.
+    per: what a term of the loss belongs to, see `observe.Observer`.
+
+    A layer that is frozen keeps its factors, and its parameters count as spent.
+
+    ValueError: no LowRankLinear in the model; a wrapped or sharded model; a trained factor that no optimizer holds; a
+    controller that plans over the whole run, and no total_steps, or so few that no decision ever comes.
+    TypeError: what is no recipe or no optimizer; an optimizer that the state policy refuses.
+
+        >>> from alr import PairOptimizer, recipes
+        >>> model = factorize_(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8)), rank=0.9)
+        >>> optimizer = PairOptimizer(model)
+        >>> adapter = RankAdapter(model, optimizer, recipes.alr, total_steps=400)
+        >>> adapter.ranks
+        {'0': 28, '2': 6}
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer | Sequence[Optimizer], recipe: Recipe,
-                 total_steps: int | None = None):
-        _refuse_wrapped(model, "RankAdapter")
-        self.model, self.recipe, self.total_steps = model, recipe, total_steps
-        self.optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
-        self.layers = low_rank_layers(model)
-        if total_steps is None and getattr(recipe.control, "wants_length", False):
-            raise ValueError(f"RankAdapter: {type(recipe.control).__name__} plans over the whole run; write "
-                             f"RankAdapter(model, optimizer, recipe, total_steps=...).")
+                 total_steps: int | None = None, group: Any = None, per: Literal["auto", "row", "example"] = "auto"):
+        if not isinstance(recipe, Recipe):
+            raise TypeError(f"RankAdapter: recipe is {recipe!r}; wanted a Recipe, such as alr.recipes.alr, or "
+                            "alr.recipes.parse(text).")
+        model = unwrapped(model)
+        refuse_wrapped(model, "RankAdapter")
+        self.model, self.recipe, self.total_steps, self.per = model, recipe, total_steps, per
+        self.optimizers = [bare(o) for o in ([optimizer] if isinstance(optimizer, Optimizer) else listed(optimizer))]
+        self.group = group if isinstance(group, Group) else Group(group)
+        self.layers = {name: layer for name, layer in low_rank_layers(model).items() if picks(recipe.where, name)}
         if recipe.rank is not None and not self.layers:
-            raise ValueError("RankAdapter: the model holds no LowRankLinear; call alr.factorize_(model, rank=...) or "
+            raise ValueError("RankAdapter: the model holds no LowRankLinear" + (f" that where={recipe.where} picks"
+                             if low_rank_layers(model) else "") + "; call alr.factorize_(model, rank=...) or "
                              "recipe.prepare(model) before the optimizer is made.")
-        if self.layers:
-            recipe.state.check(self.optimizers)
-            idle = getattr(recipe.control, "idle", lambda *_: "")(list(self.ranks.values()), self.shapes)
-            if idle:
-                warnings.warn(f"RankAdapter: {idle}", stacklevel=2)
-        self.memory = recipe.control.init(list(self.ranks.values()))
         self.steps, self.losses, self.seconds = 0, [], 0.0
         self.stale: dict[str, list] = {}            # under Stale: layer -> shapes that the optimizer still holds
         self.grouped: dict[str, tuple] = {}         # by recipe.gradient: layer -> what it did last
-        self.watched: set[tuple] = set()            # what hooks look at already, see watch
-        self._seen, self._warned = 0, False
-        for optimizer in self.optimizers[:1]:
-            optimizer.register_step_post_hook(self._count)
-        for axis in (recipe.gradient, recipe.estimate, recipe.resize):          # those that watch the model train
-            if hasattr(axis, "attach"):
-                axis.attach(self)
+        self.observer: Observer | None = None       # while a window is open
+        self._check_plan()
+        for name, layer in self.layers.items():
+            if "U" not in layer._parameters or "V" not in layer._parameters:
+                raise ValueError(f"RankAdapter: the factors of {name!r} are computed (parametrised or pruned), not Parameters "
+                                 "of their own, so their rank cannot change; undo that first.")
+        self._known = {name: (layer.U, layer.V) for name, layer in self.layers.items()}
+        if self.layers:
+            recipe.state.check(self.optimizers)
+            self.check_held()
+            if warning := recipe.control.warning(list(self.ranks.values()), self.shapes):
+                warnings.warn(f"RankAdapter: {warning}", stacklevel=2)
+        self.memory = recipe.control.init(list(self.ranks.values()))
+        self._taken, self._warned = 0, set()        # optimizer steps so far; what has been warned of
+        self._counts = [0] * len(self.optimizers)   # steps of each optimizer since the last call of `step`
+        self._mark = None                           # the gradient that the last optimizer step used
+        self._listen()
+        if recipe.gradient is not None:
+            recipe.gradient.attach(self)
+        self._arm()
+
+    def _check_plan(self) -> None:
+        r, total = self.recipe, self.total_steps
+        if total is not None and (isinstance(total, bool) or not isinstance(total, int) or total < 1):
+            raise ValueError(f"RankAdapter: total_steps is {total!r}; wanted the number of optimizer steps, at least 1.")
+        if total is None and r.control.needs_total_steps:
+            raise ValueError(f"RankAdapter: {type(r.control).__name__} plans over the whole run; write "
+                             f"RankAdapter(model, optimizer, recipe, total_steps=...).")
+        first = r.next_due(0)
+        if total is not None and r.estimate is not None and (first is None or first > total):
+            warnings.warn("RankAdapter: the first decision would come " + (f"at step {first}" if first else "never") +
+                          f", and the run has {total}: no rank will ever move. Decide more often: "
+                          f"dataclasses.replace(recipe, every={max(1, total // 20)}).", stacklevel=3)
+
+    # ---------------------------------------------------------------- what is there
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -149,77 +234,366 @@ class RankAdapter:
         """(m, n) of every layer, in the order of `ranks`."""
         return [(layer.out_features, layer.in_features) for layer in self.layers.values()]
 
-    def _count(self, *_):
-        # nobody should train for hours and learn at the end that no rank could move (PEFT issues 432, 1801)
-        self._seen += 1
+    @property
+    def frozen(self) -> set[str]:
+        """Layers of which not both factors are trained; their rank stays."""
+        return {name for name, layer in self.layers.items() if not (layer.U.requires_grad and layer.V.requires_grad)}
+
+    def check_held(self) -> None:
+        """ValueError unless every trained factor is held by an optimizer, and every layer still stands in the model."""
+        there = {id(mod) for mod in self.model.modules()}
+        gone = [name for name, layer in self.layers.items() if id(layer) not in there]
+        if gone:
+            raise ValueError(f"RankAdapter: {gone[0]!r} is no longer in the model (densified, or replaced): changing its rank "
+                             "would change nothing. Make a new RankAdapter for the model as it is.")
+        held = {id(p) for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]}
+        frozen = self.frozen
+        loose = [name for name, layer in self.layers.items() if name not in frozen and name not in self.stale
+                 and not {id(layer.U), id(layer.V)} <= held]
+        if loose:
+            raise ValueError(f"RankAdapter: no optimizer holds the factors of {loose[0]!r}"
+                             + (f" and of {len(loose) - 1} more layers" if loose[1:] else "") +
+                             ", so they would never be trained. Make the optimizer after factorize_ and load_state_dict, of "
+                             "this model's own parameters.")
+
+    # ---------------------------------------------------------------- the clock
+
+    def _listen(self) -> None:
+        self._handles = [optimizer.register_step_post_hook(self._stepped) for optimizer in self.optimizers]
+
+    def close(self) -> None:
+        """Leave model and optimizers as they would be without the adapter."""
+        for handle in self._handles:
+            handle.remove()
+        if self.observer is not None:
+            self.observer.remove()
+            self.observer = None
+
+    def _stepped(self, optimizer: Optimizer, *_) -> None:
+        before = self._since
+        self._counts[next(i for i, o in enumerate(self.optimizers) if o is optimizer)] += 1
+        self._taken += self._since - before
+        self._mark = self._gradient()
         idle = self.recipe.estimate is None and self.recipe.gradient is None
-        if self._seen - self.steps >= UNSEEN and not self._warned and not idle:
-            self._warned = True
-            warnings.warn(f"RankAdapter: {self._seen} optimizer steps, {self.steps} calls of adapter.step(). "
-                          "No rank can change without it: call it after every optimizer.step().", stacklevel=2)
+        # nobody should train for hours and learn at the end that no rank could move (PEFT issues 432, 1801)
+        if self._since >= UNSEEN and not idle:
+            self._warn("forgotten", f"{self._taken} optimizer steps, {self.steps} calls of adapter.step(). No rank can change "
+                                    "without it: call it after every optimizer.step().")
+
+    @property
+    def _since(self) -> int:
+        """Optimizer steps since the last call of `step`: several optimizers take one together."""
+        return max(self._counts, default=0)
+
+    def _gradient(self) -> tuple | None:
+        """A token of the gradient now in the first trained factor: another backward gives another token."""
+        grad = next((layer.U.grad for layer in self.layers.values() if layer.U.requires_grad), None)
+        return None if grad is None else (id(grad), grad._version)
+
+    def _warn(self, key: str, text: str) -> None:
+        if key not in self._warned:
+            self._warned.add(key)
+            warnings.warn(f"RankAdapter: {text}", stacklevel=4)
 
     def step(self, loss: float | None = None) -> list[Resize]:
-        """Count one optimizer step; when it is time, decide.  `loss`: a new validation loss, when there is one."""
-        self.steps += 1
+        """Count one optimizer step; when it is time, decide.  `loss`: a new validation loss, when there is one.
+
+        A call between two optimizer steps (after a micro-batch, or where a GradScaler has skipped the step) is no step.
+        FloatingPointError, naming the layer, where weights have diverged; nothing is changed then.
+        """
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError("RankAdapter: step() in inference mode would make factors that cannot be trained; call it "
+                               "outside of torch.inference_mode().")
         if loss is not None:
             self.losses.append(float(loss))
+        after = self.recipe.when == "after"
+        if after and self._since == 0 and self.optimizers:
+            if self.observer is not None:
+                self.observer.settle()
+            return []
+        if after and self._since == 1 and self._mark is not None and (now := self._gradient()) not in (None, self._mark):
+            self._out_of_order()
+        self._counts = [0] * len(self.optimizers)
+        self.steps += 1
+        self._adopt()
+        if self.observer is not None:
+            self.observer.commit()
+        events = self.adapt() if self.recipe.due(self.steps) else []
+        self._arm()
+        return events
+
+    def _out_of_order(self) -> None:
+        grad = next(layer.U.grad for layer in self.layers.values() if layer.U.requires_grad)
+        if "order" not in self._warned and grad.any():
+            self._warn("order", "a backward pass came between optimizer.step() and adapter.step(). Call adapter.step() right "
+                                "after optimizer.step(), or a changed layer loses the gradient of that step.")
+
+    def _arm(self) -> None:
+        """Open a window, if the next decision is near and somebody wants to see what comes before it."""
         r = self.recipe
-        due = (self.steps - r.offset) % r.every == 0 and r.warmup < self.steps <= (r.stop or self.steps)
-        return self.adapt() if due and r.estimate is not None else []
+        if self.observer is not None or not r.observes or not self.layers:
+            return
+        due = r.next_due(self.steps)
+        if due is None or due - self.steps > r.window or r.control.finished(list(self.ranks.values()), self.memory,
+                                                                            self._signal(due)):
+            return
+        self.observe(due - self.steps)
+
+    def observe(self, steps: int | None = None) -> None:
+        """Open a window of so many optimizer steps (the recipe's, if not said), for an `adapt()` by hand."""
+        needs = {need for axis in self.recipe.observes for need in axis.needs}
+        if needs and self.observer is None:
+            self._adopt()
+            live = {name: layer for name, layer in self.layers.items() if name not in self.frozen and name not in self.stale}
+            self.observer = Observer(live, needs, steps or self.recipe.window, self.per, self.group)
+
+    def _signal(self, step: int) -> Signal:
+        return Signal([self.recipe.limit(layer) for layer in self.layers.values()], step, tuple(self.losses),
+                      step / self.total_steps if self.total_steps else None, list(self.layers), self.shapes)
+
+    # ---------------------------------------------------------------- decisions
 
     @torch.no_grad()
     def adapt(self) -> list[Resize]:
-        """Decide now, whatever the clock says: estimate every layer, ask the controller, change what it wants changed."""
+        """Decide now, whatever the clock says: estimate every layer, ask the controller, change what it wants changed.
+
+        All or nothing: what can fail fails before the first factor, moment or memory is changed.
+        """
         start = time.perf_counter()
-        r, ranks = self.recipe, list(self.ranks.values())
-        targets = [(r.estimate.of(name) if isinstance(r.estimate, ByLayer) else r.estimate)(layer)
-                   for name, layer in self.layers.items()]
-        progress = self.steps / self.total_steps if self.total_steps else None
-        signal = Signal([r.limit(layer) for layer in self.layers.values()], self.steps, tuple(self.losses), progress,
-                        list(self.layers), self.shapes)
-        wanted, self.memory = r.control.step(ranks, targets, self.memory, signal)
-        events = self.resize({name: k for name, old, k in zip(self.layers, ranks, wanted) if k != old},
-                             dict(zip(self.layers, targets)))
+        self._adopt()
+        self.check_held()
+        ranks, signal = list(self.ranks.values()), self._signal(self.steps)
+        if self.observer is None and self.recipe.observes:
+            if self.recipe.control.finished(ranks, self.memory, signal):
+                return []
+            raise RuntimeError("RankAdapter: adapt() has nothing to go by: "
+                               f"{' and '.join(type(axis).__name__ for axis in self.recipe.observes)} observes the model while "
+                               "it trains. Call adapter.observe() some steps before, or leave decisions to step().")
+        observer, self.observer = self.observer, None
+        try:
+            seen = observer.close() if observer is not None else {}
+            said = self.group.say(self._decide(ranks, signal, seen) if self.group.rank == 0 else None, self._device)
+        except BaseException:
+            if observer is not None:
+                observer.remove()
+            raise
+        if isinstance(said, Exception):
+            raise said
+        wanted, memory, targets = said
+        events = self._resize({name: k for name, old, k in zip(self.layers, ranks, wanted) if k != old}, targets, seen)
+        self.memory = memory
         self.seconds += time.perf_counter() - start
         return events
 
+    def _decide(self, ranks: list[int], signal: Signal, seen: dict[str, Seen]):
+        """(wanted ranks, memory, targets), or the exception that prevents them, for all processes to raise."""
+        r = self.recipe
+        try:
+            self._check_finite()
+            unseen = set(self.layers) - set(seen) if r.observes and not r.control.finished(ranks, self.memory, signal) else set()
+            held = self.frozen | self._bypassed(seen) | unseen
+            targets = {name: at_rest(r.estimate, layer) if name in held else
+                       r.estimate.for_layer(name)(layer, seen.get(name)) for name, layer in self.layers.items()}
+            signal = signal._replace(held=[name in held for name in self.layers])
+            wanted, memory = r.control.step(ranks, list(targets.values()), self.memory, signal)
+            wanted = [old if name in held else int(k) for name, old, k in zip(self.layers, ranks, wanted, strict=True)]
+            return wanted, memory, {name: effective_number(t) for name, t in targets.items()}
+        except (ValueError, ArithmeticError, RuntimeError) as error:
+            if self.group.size == 1:
+                raise
+            return type(error)(str(error))
+
+    def _bypassed(self, seen: dict[str, Seen]) -> set[str]:
+        """Layers that are trained although their forward was never called: somebody reads their weight."""
+        found = {name for name, one in seen.items() if one.rows == 0 and one.importance is not None
+                 and (grad := self.layers[name].U.grad) is not None and grad.any()}
+        for name in found:
+            self._warn(f"bypassed {name}", f"{name!r} has gradients, but its forward was not called in the last steps, so "
+                                           "nothing is known of its directions; its rank stays. Does somebody read .weight?")
+        return found
+
+    def _check_finite(self) -> None:
+        if self.layers:
+            good = torch.stack([(layer.U.isfinite().all() & layer.V.isfinite().all()).to(self._device)
+                                for layer in self.layers.values()]).tolist()
+            bad = [name for name, fine in zip(self.layers, good) if not fine]
+            if bad:
+                raise FloatingPointError(f"RankAdapter: the weights of {bad[0]!r} are not finite: the model has diverged. No "
+                                         "rank was changed.")
+
+    @property
+    def _device(self) -> torch.device:
+        return next((layer.U.device for layer in self.layers.values()), torch.device("cpu"))
+
     @torch.no_grad()
-    def resize(self, ranks: dict[str, int], targets: dict[str, float] | None = None) -> list[Resize]:
-        """Give the named layers these ranks now; the optimizer is told in the same breath."""
+    def resize(self, ranks: dict[str, int]) -> list[Resize]:
+        """Give the named layers these ranks now; the optimizer is told in the same breath.  All or nothing.
+
+        ValueError for a layer that is not there, or a rank that it cannot have.
+        """
+        self._adopt()
+        unknown = [name for name in ranks if name not in self.layers]
+        if unknown:
+            raise ValueError(f"RankAdapter: {unknown[0]!r} is no layer of this adapter; there are "
+                             f"{len(self.layers)}, the first is {next(iter(self.layers), None)!r}.")
+        self.check_held()
+        return self._resize({name: int(k) for name, k in ranks.items()}, {}, {})
+
+    def _resize(self, ranks: dict[str, int], targets: dict[str, float], seen: dict[str, Seen]) -> list[Resize]:
+        if not ranks:
+            return []
+        made: dict[str, Factors] = {}
+        if self.group.rank == 0:
+            try:
+                made = {name: self._factors(name, k, seen.get(name)) for name, k in ranks.items()}
+                problem = None
+            except (ValueError, ArithmeticError, RuntimeError) as error:
+                if self.group.size == 1:
+                    raise
+                problem = type(error)(str(error))
+        if self.group.size > 1:
+            if isinstance(problem := self.group.say(problem if self.group.rank == 0 else None, self._device), Exception):
+                raise problem
+            made = self._shared(ranks, made)
         events, swaps = [], []
-        for name, k in ranks.items():
+        for name, (U2, V2, mix) in made.items():
             layer = self.layers[name]
             U, V = layer.U, layer.V                                             # (m, r), (r, n)
-            U2, V2 = for_layer(self.recipe.resize, layer)(U.detach(), V.detach(), int(k))      # (m, k), (k, n)
-            U2, V2 = U2.contiguous(), V2.contiguous()       # or a reloaded layer would round differently
-            if not (U2.isfinite().all() and V2.isfinite().all()):
-                raise FloatingPointError(f"RankAdapter: resizing {name} from {U.shape[1]} to {k} gave numbers that are "
-                                         "not finite; its weights have probably diverged already.")
-            events.append(Resize(self.steps, name, U.shape[1], U2.shape[1],
-                                 single(targets[name]) if targets else float(k), relative_change(U, V, U2, V2)))
-            layer.U, layer.V = nn.Parameter(U2, U.requires_grad), nn.Parameter(V2, V.requires_grad)
-            swaps.append(Swap(U, V, layer.U, layer.V))
-            if isinstance(self.recipe.state, Stale):
-                self.stale.setdefault(name, [tuple(U.shape), tuple(V.shape)])
-        self.recipe.state(self.optimizers, swaps)
+            error = mix_change(gram(U), gram(V.mT), *mix) if mix else relative_change(U, V, U2, V2)
+            events.append(Resize(self.steps, name, U.shape[1], U2.shape[1], targets.get(name, float(U2.shape[1])), error))
+            swaps.append(Swap(U, V, successor(U, U2), successor(V, V2), mix))
+        told = [swap for name, swap in zip(made, swaps) if name not in self.stale and
+                (name not in self.frozen or place_of(self.optimizers, swap.U) is not None)]
+        plan = self._plan(told)
+        for name, swap in zip(made, swaps):                                     # from here on nothing can fail
+            layer = self.layers[name]
+            layer.U, layer.V = swap.U2, swap.V2
+            self._known[name] = (swap.U2, swap.V2)
+            if not self.recipe.state.tells:
+                self.stale.setdefault(name, [tuple(swap.U.shape), tuple(swap.V.shape)])
+        plan.apply()
         return events
 
+    def _factors(self, name: str, k: int, seen: Seen | None) -> Factors:
+        layer = self.layers[name]
+        U, V = layer.U.detach(), layer.V.detach()                               # (m, r), (r, n)
+        try:
+            new = Factors(*self.recipe.resize.for_layer(name)(U, V, k, seen))
+        except (FloatingPointError, torch.linalg.LinAlgError) as error:
+            raise FloatingPointError(f"RankAdapter: {name!r} cannot go from rank {U.shape[1]} to {k}: {error}") from error
+        except ValueError as error:
+            raise ValueError(f"RankAdapter: {name!r}: {error}") from error
+        if not (new.U.isfinite().all() and new.V.isfinite().all()):
+            raise FloatingPointError(f"RankAdapter: resizing {name!r} from {U.shape[1]} to {k} gave numbers that are "
+                                     "not finite; its weights have probably diverged already.")
+        return new._replace(U=new.U.contiguous(), V=new.V.contiguous())         # or a reloaded layer would round differently
+
+    def _shared(self, ranks: dict[str, int], made: dict[str, Factors]) -> dict[str, Factors]:
+        """Rank 0's new factors, on all processes."""
+        if self.group.rank > 0:
+            made = {name: Factors(self.layers[name].U.new_empty(self.layers[name].out_features, k),
+                                  self.layers[name].V.new_empty(k, self.layers[name].in_features)) for name, k in ranks.items()}
+        self.group.broadcast([x for new in made.values() for x in new[:2]])
+        mixes = self.group.say({name: new.mix for name, new in made.items()} if self.group.rank == 0 else None, self._device)
+        return {name: new._replace(mix=mixes[name]) for name, new in made.items()}
+
+    def _plan(self, swaps: list[Swap]) -> Plan:
+        """What the optimizers are to be told; of several processes, rank 0's moments on all."""
+        plan = self.recipe.state.plan(self.optimizers, swaps)
+        self.group.broadcast([x for move in plan.moves for key, x in sorted(move.state.items())
+                              if isinstance(x, torch.Tensor) and x.dim()])
+        return plan
+
+    # ---------------------------------------------------------------- to stop and to go on
+
+    def _adopt(self) -> None:
+        """Factors that were replaced behind our back (a state dict of other ranks was loaded): the optimizers get the new ones.
+
+        Where the optimizer's state was loaded too, it is of the new shapes and stays; other state is dropped.
+        """
+        for name, layer in self.layers.items():
+            for old, new in zip(self._known[name], (layer.U, layer.V)):
+                if old is new:
+                    continue
+                found = place_of(self.optimizers, old)
+                if found is not None and place_of(self.optimizers, new) is None:
+                    state = found[0].state.get(old, {})
+                    fits = all(not isinstance(x, torch.Tensor) or x.dim() == 0 or x.shape == new.shape or
+                               (x.dim() == 1 and len(x) in new.shape) for x in state.values())
+                    Plan((Move(*found, old, new, dict(state) if fits else {}),)).apply()
+            self._known[name] = (layer.U, layer.V)
+
     def state_dict(self) -> dict:
-        """Plain numbers: what is needed, with the model's and the optimizer's own, to go on as if never stopped."""
-        return {"steps": self.steps, "memory": self.memory, "losses": list(self.losses), "seconds": self.seconds,
-                "stale": {name: [list(s) for s in shapes] for name, shapes in self.stale.items()},
-                "seen": {name: {k: v.clone() for k in MOMENTS if (v := getattr(layer, k, None)) is not None}
-                         for name, layer in self.layers.items()} if self.watched else {}}
+        """What is needed, with the model's and the optimizer's own, to go on as if never stopped.
+
+        Plain numbers, and while a window is open the tensors of what was seen so far.
+        """
+        return {"recipe": repr(self.recipe), "layers": {name: list(shape) for name, shape in zip(self.layers, self.shapes)},
+                "total_steps": self.total_steps, "steps": self.steps, "memory": self.memory, "losses": list(self.losses),
+                "seconds": self.seconds, "stale": {name: [list(s) for s in shapes] for name, shapes in self.stale.items()},
+                "seen": None if self.observer is None else self.observer.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
-        """Load after the model and after the optimizer is made, before the optimizer's own state is loaded."""
-        self.steps = self._seen = state["steps"]
+        """Go on where another adapter stopped.  Load the model first; then optimizer and adapter, in either order.
+
+        ValueError for a state of other layers, or of another recipe.  Factors that loading the model has replaced are put
+        into the optimizers; what no optimizer holds then is refused, as at the start.
+        """
+        shapes = {name: list(shape) for name, shape in zip(self.layers, self.shapes)}
+        if state["layers"] != shapes:
+            other = sorted(set(state["layers"]) ^ set(shapes)) or [name for name in shapes if state["layers"][name] != shapes[name]]
+            raise ValueError(f"RankAdapter: the state is of other layers; {other[0]!r} is {state['layers'].get(other[0], 'absent')} "
+                             f"there and {shapes.get(other[0], 'absent')} here.")
+        if state["recipe"] != repr(self.recipe):
+            raise ValueError(f"RankAdapter: the state is of recipe {state['recipe']}, and this adapter has {self.recipe!r}.")
+        self.steps = self._taken = state["steps"]
+        self._counts, self._mark = [0] * len(self.optimizers), None
         self.memory, self.losses, self.seconds = state["memory"], list(state["losses"]), state["seconds"]
-        for name, moments in state.get("seen", {}).items():
-            for key, moment in moments.items():
-                setattr(self.layers[name], key, moment.to(self.layers[name].U.device))
-        for name, shapes in state["stale"].items():
+        self._adopt()
+        for name, kept in state["stale"].items():
             layer = self.layers[name]                # frozen: the optimizer gets stand-ins for what it held
-            for p, shape in zip((layer.U, layer.V), shapes):
-                replace_parameter(self.optimizers, p, nn.Parameter(p.new_zeros(shape)))
-            self.stale[name] = [tuple(s) for s in shapes]
+            for p, shape in zip((layer.U, layer.V), kept):
+                found = place_of(self.optimizers, p)
+                if found is not None:
+                    stand_in = nn.Parameter(p.new_zeros(shape))
+                    Plan((Move(*found, p, stand_in, found[0].state.get(p, {})),)).apply()
+            self.stale[name] = [tuple(s) for s in kept]
+        self.check_held()
+        if self.observer is not None:
+            self.observer.remove()
+            self.observer = None
+        if state["seen"] is not None:
+            self.observe(self.recipe.next_due(self.steps) - self.steps + state["seen"]["done"])
+            self.observer.load_state_dict(state["seen"])
+        self._arm()
+
+    def __getstate__(self) -> dict:
+        return {key: value for key, value in self.__dict__.items() if key != "_handles"}
+
+    def __setstate__(self, state: dict) -> None:            # a copy listens to its own optimizers
+        self.__dict__.update(state)
+        self._listen()
+
+
+def at_rest(estimate: Estimate, layer: LowRankLinear) -> float | tuple[float, ...]:
+    """What stands for the estimate of a layer whose rank cannot change."""
+    return (0.0,) * layer.rank if estimate.gives == "spectrum" else float(layer.rank)
+
+
+def bare(optimizer: Optimizer) -> Optimizer:
+    """The optimizer inside the wrappers of accelerate and Lightning."""
+    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = inner
+    return optimizer
+
+
+def listed(optimizers: Any) -> Iterator[Optimizer]:
+    """The optimizers of a list.  TypeError for anything else."""
+    try:
+        found = list(optimizers)
+    except TypeError:
+        found = [optimizers]
+    for one in found:
+        if not isinstance(one, Optimizer):
+            raise TypeError(f"RankAdapter: optimizer is {optimizers!r}; wanted a torch Optimizer, or a list of them.")
+    return iter(found)

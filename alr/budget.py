@@ -1,13 +1,16 @@
 """Controllers that share one number of parameters among all layers.  Plain numbers: no torch in this file.
 
-They want one worth per direction and layer (`estimate.Spectrum`), falling, and the layers' shapes: a direction of an
+They want one importance per direction and layer (`estimate.Spectrum`), falling, and the layers' shapes: a direction of an
 m x n layer costs m + n parameters.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Sequence
+
+from .axes import Control, Count, Part, Positive, Share
 
 
 def size(ranks: Sequence[int], shapes: Sequence[tuple[int, int]]) -> int:
@@ -15,25 +18,28 @@ def size(ranks: Sequence[int], shapes: Sequence[tuple[int, int]]) -> int:
     return sum(r * (m + n) for r, (m, n) in zip(ranks, shapes, strict=True))
 
 
-def allocate(worths: Sequence[Sequence[float]], shapes: Sequence[tuple[int, int]], parameters: float, least: int = 1,
+def allocate(importances: Sequence[Sequence[float]], shapes: Sequence[tuple[int, int]], parameters: float, least: int = 1,
              caps: Sequence[int] | None = None, multiple: int = 1, per_parameter: bool = True) -> list[int]:
-    """Ranks that keep the most worth for at most `parameters`: directions by worth per parameter, dearest last.
+    """Ranks that keep much importance for at most `parameters`: directions by importance per parameter, largest first.
 
-    per_parameter=False: by worth alone, so that layers of like spectra get like ranks, whatever their shapes.
+    A greedy choice, as good as the best where all directions cost the same and near it where budgets are large against
+    one direction.
 
-    worths falling within a layer, so the greedy choice never takes a direction before a better one of its layer.
-    Every layer keeps `least` directions, whatever they cost; none has more than its worths, or its cap.
+    per_parameter=False: by importance alone, so that layers of like spectra get like ranks, whatever their shapes.
+
+    importances falling within a layer, so the greedy choice never takes a direction before a better one of its layer.
+    Every layer keeps `least` directions, whatever they cost; none has more than its importances, or its cap.
     multiple: ranks are whole multiples of it (of 8, for a GPU), or the layer's cap; blocks are chosen by their mean.
     """
-    tops = [min(len(w), caps[i] if caps else len(w)) for i, w in enumerate(worths)]
+    tops = [min(len(w), caps[i] if caps else len(w)) for i, w in enumerate(importances)]
     ranks = [min(top, -(-least // multiple) * multiple) for top in tops]
     left = parameters - size(ranks, shapes)
     blocks = []                                                     # (priority, layer, end, cost)
-    for i, (w, (m, n)) in enumerate(zip(worths, shapes, strict=True)):
+    for i, (w, (m, n)) in enumerate(zip(importances, shapes, strict=True)):
         for start in range(ranks[i], tops[i], multiple):
             end = min(start + multiple, tops[i])
-            worth, cost = sum(w[start:end]) / (end - start), (end - start) * (m + n)
-            blocks.append((worth / (m + n) if per_parameter else worth, i, end, cost))
+            importance, cost = sum(w[start:end]) / (end - start), (end - start) * (m + n)
+            blocks.append((importance / (m + n) if per_parameter else importance, i, end, cost))
     blocked = set()                                                 # a layer whose next block did not fit
     for _, i, end, cost in sorted(blocks, key=lambda b: (-b[0], b[1], b[2])):
         if i in blocked or cost > left:
@@ -44,72 +50,104 @@ def allocate(worths: Sequence[Sequence[float]], shapes: Sequence[tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Budget:
-    """Start wide, shrink along a cubic to `share` of the dense layers' parameters, shared by worth; then stop.
+class Budget(Control):
+    """Start wide, shrink along a cubic to `share` of the dense layers' parameters, shared by importance; then stop.
 
     At progress p of the run the budget is end + (start - end) (1 - x)^3, x = (p - begin) / (end - begin) in [0, 1]: most
     is cut early, when learning rates are high and mistakes are cheap (the schedule of Zhu & Gupta 2017; AdaLoRA's).
-    From a start below the final budget nothing moves, and `RankAdapter` warns of it.  Without `start` nothing ever grows.
-    It needs the length of the run (`RankAdapter(..., total_steps=...)`), and a ValueError says so.
+    Without `start` nothing ever grows.  It needs the length of the run (`RankAdapter(..., total_steps=...)`).
 
     start: at the first decision every narrower layer grows to this rank, its cap permitting, and the cubic starts there:
     then the rank that the model was built with hardly matters.  None: the cubic starts from the ranks as they come.
+    Layers that are held (frozen) keep their rank, and what they cost is spent.
+    ValueError unless begin < end.
     """
 
-    share: float = 1 / 6                # all ours, from the suite `method`
-    begin: float = 0.0
-    end: float = 0.5
-    min_rank: int = 4
-    multiple: int = 1
+    share: Part = 1 / 6                 # all ours, from the suite `method`
+    begin: Share = 0.0
+    end: Part = 0.5
+    min_rank: Count = 4
+    multiple: Count = 1
     per_parameter: bool = False         # True starves wide layers: one of their directions costs more
-    start: int | None = None
-    wants_length = True                 # RankAdapter refuses it without total_steps
+    start: Count | None = None
+    needs_total_steps = True
+    wants = "spectrum"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.begin < self.end:
+            raise ValueError(f"Budget: begin is {self.begin:g} and end is {self.end:g}; wanted begin < end.")
 
     def init(self, ranks):
         return None if self.start else [int(r) for r in ranks]      # where the cubic starts
 
-    def idle(self, ranks, shapes):
-        """Will no rank ever move, since the model starts at or below its final budget?  What to do then, else ""."""
-        dense = sum(m * n for m, n in shapes)
-        if self.start or size(ranks, shapes) > self.share * dense:
-            return ""
-        return (f"Budget: the layers hold {size(ranks, shapes) / dense:.3g} of their dense parameters, no more than the "
-                f"budget of share={self.share:.3g}: no rank will ever move. Start wider: factorize_(model, rank=0.5).")
+    def warning(self, ranks, shapes):
+        dense, now = sum(m * n for m, n in shapes), size(ranks, shapes)
+        least = size([min(self.min_rank, m, n) for m, n in shapes], shapes)
+        if not self.start and now <= self.share * dense:
+            return (f"Budget: the layers hold {now / dense:.3g} of their dense parameters, no more than the budget of "
+                    f"share={self.share:.3g}: no rank will ever move. Start wider: factorize_(model, rank=0.5).")
+        if least > self.share * dense:
+            return (f"Budget: min_rank={self.min_rank} in every layer takes {least / dense:.3g} of the dense parameters, more "
+                    f"than share={self.share:.3g}, which will be missed. Take a smaller min_rank or a larger share.")
+        return ""
+
+    def room(self, memory, signal) -> float:
+        """How many parameters all layers may hold now."""
+        x = min(max((signal.progress - self.begin) / (self.end - self.begin), 0.0), 1.0)
+        start = size(memory, signal.shapes)
+        end = min(start, self.share * sum(m * n for m, n in signal.shapes))
+        return start if x <= 0 else end + (start - end) * (1 - x) ** 3
+
+    def finished(self, ranks, memory, signal):
+        over = memory is not None and signal.progress is not None and signal.progress >= self.end
+        return over and (size(ranks, signal.shapes) <= self.room(memory, signal)
+                         or all(r <= self.min_rank for r in ranks))
 
     def step(self, ranks, targets, memory, signal):
         if memory is None:
             memory = [min(self.start, cap) for cap in signal.caps]
             if any(r < k for r, k in zip(ranks, memory, strict=True)):
-                return [max(r, k) for r, k in zip(ranks, memory)], memory       # what is new has no worth yet
-        x = min(max((signal.progress - self.begin) / (self.end - self.begin), 0.0), 1.0)
-        start = size(memory, signal.shapes)
-        end = min(start, self.share * sum(m * n for m, n in signal.shapes))
-        room = end + (start - end) * (1 - x) ** 3
-        if x <= 0 or size(ranks, signal.shapes) <= room:
+                return [max(r, k) for r, k in zip(ranks, memory)], memory       # what is new has no importance yet
+        room = self.room(memory, signal)
+        if size(ranks, signal.shapes) <= room:
             return list(ranks), memory
-        return allocate(targets, signal.shapes, room, self.min_rank, ranks, self.multiple,
-                        self.per_parameter), memory
+        return share_out(ranks, targets, signal, room, self.min_rank, ranks, self.multiple, self.per_parameter), memory
+
+
+def share_out(ranks, targets, signal, room, least, caps, multiple=1, per_parameter=True) -> list[int]:
+    """`allocate` among the layers that are not held; what the held ones cost is spent."""
+    held = signal.held or [False] * len(ranks)
+    live = [i for i, h in enumerate(held) if not h]
+    spent = sum(ranks[i] * sum(signal.shapes[i]) for i, h in enumerate(held) if h)
+    got = allocate([targets[i] for i in live], [signal.shapes[i] for i in live], room - spent, least,
+                   [caps[i] for i in live], multiple, per_parameter)
+    wanted = list(ranks)
+    for i, k in zip(live, got, strict=True):
+        wanted[i] = k
+    return wanted
 
 
 @dataclass(frozen=True)
-class LossTarget:
+class LossTarget(Control):
     """As small as a loss allows: smaller by a factor while the validation loss is at or below `loss`, larger above it.
 
     When a layer grows, its new directions count as its least one now: growth goes where the tail is worth most.
     Moves once per new validation loss; without any it waits.
     """
 
-    loss: float                         # nats per token
-    factor: float = 0.9                 # of the parameters, per move (ours)
-    min_rank: int = 4
+    loss: Positive                      # nats per token
+    factor: Part = 0.9                  # of the parameters, per move (ours)
+    min_rank: Count = 4
+    wants = "spectrum"
 
     def init(self, ranks):
         return 0                                                    # validation losses seen
 
     def step(self, ranks, targets, memory, signal):
-        if len(signal.losses) <= memory:
-            return list(ranks), memory
+        if len(signal.losses) <= memory or not math.isfinite(signal.losses[-1]):
+            return list(ranks), len(signal.losses)
         now = size(ranks, signal.shapes)
         room = now * self.factor if signal.losses[-1] <= self.loss else now / self.factor
-        worths = [list(w) + [w[-1]] * (cap - len(w)) for w, cap in zip(targets, signal.caps, strict=True)]
-        return allocate(worths, signal.shapes, room, self.min_rank, signal.caps), len(signal.losses)
+        longer = [list(w) + [w[-1]] * (cap - len(w)) for w, cap in zip(targets, signal.caps, strict=True)]
+        return share_out(ranks, longer, signal, room, self.min_rank, signal.caps), len(signal.losses)

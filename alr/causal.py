@@ -1,9 +1,8 @@
-"""Does the past see the future?  A test for any language model, and a look at where attention looks.
+"""Does the past see the future?  A test for any language model.
 
     alr.assert_causal(model)                            # raises if a logit depends on a token that comes later
-    maps = attention_maps(model, tokens)                # {"blocks.0.attn": (B, H, T, T), ...}
 
-Dims: B sequences, T tokens, C vocabulary size, H heads, D head size.
+Dims: B sequences, T tokens, C vocabulary size.
 """
 
 from __future__ import annotations
@@ -14,13 +13,11 @@ from typing import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from .model import Attention
-
 POSITIONS = 16                          # at most this many tokens are changed, one at a time (ours)
 
 
 @contextlib.contextmanager
-def _evaluating(model) -> Iterator[None]:
+def evaluating(model) -> Iterator[None]:
     """Dropout off and no gradients; every module is left in the mode it was in.  A plain function has no mode."""
     modes = {mod: mod.training for mod in model.modules()} if isinstance(model, nn.Module) else {}
     try:
@@ -68,9 +65,9 @@ def assert_causal(model: Callable[[Tensor], Tensor], vocab_size: int | None = No
         raise ValueError(f"assert_causal: vocab_size {vocab_size}, length {length}; wanted at least 2 of both.")
     if device is None:
         device = next((p.device for p in model.parameters()), "cpu") if isinstance(model, nn.Module) else "cpu"
-    draw = torch.Generator().manual_seed(seed)                      # on the CPU: the same tokens for every device
-    tokens = torch.randint(vocab_size, (1, length), generator=draw)                         # (1, T)
-    shifts = torch.randint(1, vocab_size, (length,), generator=draw).tolist()               # never to the same token
+    draw = torch.Generator("cpu").manual_seed(seed)                      # on the CPU: the same tokens for every device
+    tokens = torch.randint(vocab_size, (1, length), generator=draw, device="cpu")                         # (1, T)
+    shifts = torch.randint(1, vocab_size, (length,), generator=draw, device="cpu").tolist()               # never to the same token
     count = min(POSITIONS, length - 1)
     places = sorted({1 + round(i * (length - 2) / max(1, count - 1)) for i in range(count)})    # 1 to T - 1
 
@@ -84,7 +81,7 @@ def assert_causal(model: Callable[[Tensor], Tensor], vocab_size: int | None = No
         return out[0].float()                                                               # (T, C)
 
     leaks, moved = {}, False
-    with _evaluating(model):
+    with evaluating(model):
         before = logits(tokens)                                                             # (T, C)
         size = before.abs().max().item()
         for t in places:
@@ -115,37 +112,3 @@ def _spell(positions: list[int]) -> str:
         return f"position {positions[0]}"
     whole = positions == list(range(positions[0], positions[-1] + 1))
     return f"positions {positions[0]} to {positions[-1]}" if whole else f"{len(positions)} earlier positions"
-
-
-def attention_maps(model: nn.Module, tokens: Tensor) -> dict[str, Tensor]:
-    """Where every attention layer of a GPT looks: {layer's name: (B, H, T, T)}, by forward hooks on its q and k.
-
-    Entry [b, h, t, s] is the weight that position t gives to token s; rows sum to 1.  tokens (B, T).  In eval mode; the
-    model is left in the mode it was in.  ValueError when it holds no `alr.model.Attention`.
-    """
-    layers = {name: mod for name, mod in model.named_modules() if isinstance(mod, Attention)}
-    if not layers:
-        raise ValueError("attention_maps: no alr.model.Attention in the model, whose q and k could be read.")
-    out, handles = {}, []
-    for name, layer in layers.items():
-        for part in ("q", "k"):
-            def keep(module, inputs, output, key=(name, part)):
-                out[key] = output.detach().float()                                          # (B, T, E)
-            handles.append(getattr(layer, part).register_forward_hook(keep))
-    try:
-        with _evaluating(model):
-            model(tokens)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {name: _weights(out[name, "q"], out[name, "k"], layer) for name, layer in layers.items()}
-
-
-def _weights(q: Tensor, k: Tensor, layer: Attention) -> Tensor:
-    """softmax(q k^T / sqrt(D)) as the layer's own attention has it.  (B, T, E), (B, T, E) -> (B, H, T, T)."""
-    q, k = (x.unflatten(-1, (layer.n_heads, -1)).transpose(1, 2) for x in (q, k))           # (B, H, T, D)
-    scores = q @ k.mT / q.shape[-1] ** 0.5                                                  # (B, H, T, T)
-    if layer.causal:
-        later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)   # (T, T)
-        scores = scores.masked_fill(later, -torch.inf)
-    return scores.softmax(-1)

@@ -5,25 +5,16 @@ A controller is a frozen value with two methods over all layers at once,
     memory = control.init(ranks)                                   # plain numbers, so it goes into a checkpoint
     ranks, memory = control.step(ranks, targets, memory, signal)
 
-`ranks` and `targets` are sequences in the order of the layers; `signal` carries what else is known.
+What else it may define stands in `axes.Control`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, NamedTuple, Sequence
+from typing import Any
 
-
-class Signal(NamedTuple):
-    """What a controller may look at beside its targets."""
-
-    caps: Sequence[int]                 # the largest rank of each layer: min(m, n), or break-even
-    step: int = 0                       # optimizer steps so far
-    losses: Sequence[float] = ()        # validation losses so far, oldest first
-    progress: float | None = None       # step / total steps, where the total is known
-    names: Sequence[str] = ()           # of the layers, for `ByLayer`
-    shapes: Sequence[tuple[int, int]] = ()          # (m, n) of the layers, for what a direction costs
+from .axes import Axis, Control, Estimate, Count, NonNegative, Share, Signal, Whole, each
 
 
 def clamp(x, low, high):
@@ -32,28 +23,28 @@ def clamp(x, low, high):
 
 
 @dataclass(frozen=True)
-class Hold:
+class Hold(Control):
     """Never moves: dense and uniform-rank baselines."""
 
-    def init(self, ranks):
-        return []
+    wants = None
 
     def step(self, ranks, targets, memory, signal):
         return list(ranks), memory
 
+    def finished(self, ranks, memory, signal):
+        return True
+
 
 @dataclass(frozen=True)
-class Schedule:
+class Schedule(Control):
     """The same ranks at the same steps whatever is estimated, so that two runs differ in something else alone.
 
     path: (step, rank) pairs, steps rising; every layer has the rank of the last step that has come, its cap permitting.
     A rank is one number for all layers, or {layer: rank}, in which a layer that is left out stays as it is.
     """
 
-    path: tuple[tuple[int, int | dict], ...]
-
-    def init(self, ranks):
-        return []
+    path: tuple[tuple[Whole, Count | dict], ...]
+    wants = None
 
     def step(self, ranks, targets, memory, signal):
         due = [rank for step, rank in self.path if step <= signal.step]
@@ -65,7 +56,7 @@ class Schedule:
 
 
 @dataclass(frozen=True)
-class Bidirectional:
+class Bidirectional(Control):
     """Script v10: a safety factor, an exponential moving average, a dead band, a step limit; each layer on its own.
 
     target = safety * estimate, clamped to [min_rank, cap];  e = ema * e + (1 - ema) * target, starting at the rank;
@@ -73,11 +64,11 @@ class Bidirectional:
     is a fixed point.  (`round` is Python's, to even at halves, as in the script.)
     """
 
-    safety: float = 1.5                 # all five: script v10
-    ema: float = 0.8
-    threshold: float = 2.0
-    max_step: int = 4
-    min_rank: int = 8
+    safety: NonNegative = 1.5           # all five: script v10
+    ema: Share = 0.8
+    threshold: NonNegative = 2.0
+    max_step: Count = 4
+    min_rank: Count = 8
 
     def init(self, ranks):
         return [float(r) for r in ranks]
@@ -95,20 +86,46 @@ class Bidirectional:
 
 
 @dataclass(frozen=True)
-class ByLayer:
+class ByLayer(Control, Estimate):
     """Other numbers for other layers (script v5.1): the first rule (shell pattern, value) that fits a layer's name.
 
     On a recipe's `estimate` axis the values are estimates, on its `control` axis controllers.
     """
 
-    rules: tuple[tuple[str, Any], ...]
+    rules: tuple[tuple[str, Axis], ...]
 
-    def of(self, name: str) -> Any:
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return tuple(need for _, value in self.rules for need in getattr(value, "needs", ()))
+
+    @property
+    def steps(self) -> int:
+        return max((getattr(value, "steps", 1) for _, value in self.rules), default=1)
+
+    @property
+    def gives(self) -> str:
+        return self._common("gives")
+
+    @property
+    def wants(self) -> str | None:
+        return self._common("wants")
+
+    @property
+    def needs_total_steps(self) -> bool:
+        return any(getattr(value, "needs_total_steps", False) for _, value in self.rules)
+
+    def _common(self, word: str) -> str | None:
+        found = {getattr(value, word) for _, value in self.rules if getattr(value, word, None) is not None}
+        if len(found) > 1:
+            raise ValueError(f"ByLayer: its rules differ in what they {word[:-1]}: {', '.join(sorted(found))}.")
+        return next(iter(found), None)
+
+    def for_layer(self, name: str) -> Axis:
         """The value for the layer of that name.  ValueError when no rule fits."""
         return self.rules[self._rule(name)][1]
 
     def paced(self, factor: float) -> "ByLayer":
-        return ByLayer(tuple((p, v.paced(factor) if hasattr(v, "paced") else v) for p, v in self.rules))
+        return ByLayer(tuple((pattern, value.paced(factor)) for pattern, value in self.rules))
 
     def _rule(self, name):
         for i, (pattern, _) in enumerate(self.rules):
@@ -129,17 +146,10 @@ class ByLayer:
             mine = [j for j, c in enumerate(chosen) if c == i]
             pattern, control = self.rules[i]
             part = [[seq[j] for j in mine] for seq in (ranks, targets, signal.caps, signal.names)]
-            shapes = [signal.shapes[j] for j in mine] if signal.shapes else ()
+            shapes, held = ([seq[j] for j in mine] if seq else () for seq in (signal.shapes, signal.held))
             then = memory[pattern] if pattern in memory else control.init(part[0])
             got, memories[pattern] = control.step(part[0], part[1], then, signal._replace(
-                caps=part[2], names=part[3], shapes=shapes))
+                caps=part[2], names=part[3], shapes=shapes, held=held))
             for j, r in zip(mine, got, strict=True):
                 new[j] = r
         return new, memories
-
-
-def each(value: Any, **changes) -> Any:
-    """The value with these fields replaced; in a `ByLayer`, those of every value."""
-    if isinstance(value, ByLayer):
-        return ByLayer(tuple((pattern, each(v, **changes)) for pattern, v in value.rules))
-    return replace(value, **changes)

@@ -8,11 +8,13 @@ are: it costs nothing there, it is the same on every device, and MPS has neither
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Callable
+import math
+import numbers
 
 import torch
 from torch import Tensor
+
+from .axes import Factors
 
 
 def product(U: Tensor, V: Tensor) -> Tensor:
@@ -26,23 +28,33 @@ def break_even(m: int, n: int) -> int:
 
 
 def check_rank(k: int | float, m: int, n: int, who: str = "resize", layer: str = "a matrix") -> int:
-    """k, if a matrix of m x n can have that rank; a float is a share of the dense matrix's numbers, 0.5 half of them.
+    """k as a whole number, if a matrix of m x n can have that rank.
 
-    ValueError otherwise.
+    A whole number is a rank; any other real number is a share of the dense matrix's numbers, 0.5 half of them.  numpy's
+    numbers count as Python's.  ValueError for a rank or a share out of range, and for what is neither.
     """
-    if isinstance(k, float):
+    if isinstance(k, bool) or not isinstance(k, numbers.Real) or not math.isfinite(k):
+        raise ValueError(f"{who}: rank {k!r} asked of {layer} ({m} x {n}); it takes a whole number, 1 to {min(m, n)}, or a "
+                         "share of the dense layer's numbers between 0 and 1, such as 0.5.")
+    if not isinstance(k, numbers.Integral):
         if not 0 < k <= 1:
             raise ValueError(f"{who}: share {k:g} asked of {layer} ({m} x {n}); it takes 0 to 1, or a rank as a whole "
                              f"number, 1 to {min(m, n)}.")
-        return max(1, int(k * m * n / (m + n)))
+        return min(max(1, int(k * m * n / (m + n))), m, n)
     if not 1 <= k <= min(m, n):
         raise ValueError(f"{who}: rank {k} asked of {layer} ({m} x {n}); it takes 1 to {min(m, n)}.")
     return int(k)
 
 
-def for_layer(rule: Callable, layer) -> Callable:
-    """The resize rule as one layer has it: a rule with `of` knows more of a layer than its factors."""
-    return rule.of(layer) if hasattr(rule, "of") else rule
+def working(dtype: torch.dtype) -> torch.dtype:
+    """The precision that arithmetic on numbers of this dtype is done in: float32, or wider where they are."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def halves(P: Tensor, S: Tensor, Zt: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors of P diag(S) Zt with the root of S on each side.  (m, k), (k,), (k, n) -> (m, k), (k, n)."""
+    half = S.sqrt()                                                 # (k,)
+    return P * half, half[:, None] * Zt                             # (m, k), (k, n)
 
 
 # ------------------------------------------------------------------------------------------------ the core
@@ -53,27 +65,49 @@ def _wide(X: Tensor) -> Tensor:
     return X.cpu().double() if X.device.type == "mps" else X.double()
 
 
-def gram(X: Tensor) -> Tensor:
-    """X^T X in float64 on the CPU.  (m, r) -> (r, r).  In float32 it would lose every s below 3e-4 of the largest."""
-    X = _wide(X)
-    return (X.mT @ X).cpu()                                         # (r, r)
+def gram(X: Tensor, host: bool = True) -> Tensor:
+    """X^T X in float64, on the CPU unless host=False.  (m, r) -> (r, r).
 
-
-def root(X: Tensor) -> Tensor:
-    """An R with R^T R = X^T X, so that X = Q R for a Q with orthonormal columns that nobody has to form.
-
-    (m, r) -> (r, r), float64 on the CPU.  From QR when X is float64 itself.  Otherwise from the Gram matrix in float64:
-    Cholesky, several times faster, and as exact as float32 or narrower factors can tell; when X has dependent columns
-    and Cholesky does not exist, the symmetric root by eigh.
+    In float32 it would lose every s below 3e-4 of the largest.
     """
-    if X.dtype == torch.float64:
-        return torch.linalg.qr(X.detach(), mode="r").R.cpu()        # (min(m, r), r)
-    G = gram(X)                                                     # (r, r)
+    X = _wide(X)
+    return (X.mT @ X).cpu() if host else X.mT @ X                   # (r, r)
+
+
+def root_of(G: Tensor) -> Tensor:
+    """An R with R^T R = G, for a positive semidefinite G.  (r, r) -> (r, r).
+
+    Cholesky; when G is singular and Cholesky does not exist, the symmetric root by eigh.
+    """
     L, info = torch.linalg.cholesky_ex(G)
     if info.item() == 0:
         return L.mT                                                 # (r, r)
     lam, E = torch.linalg.eigh(G)                                   # (r,), (r, r)
     return lam.clamp_min(0).sqrt()[:, None] * E.mT                  # (r, r)
+
+
+def root(X: Tensor) -> Tensor:
+    """An R with R^T R = X^T X, so that X = Q R for a Q with orthonormal columns that nobody has to form.
+
+    (m, r) -> (r, r), float64 on the CPU.  From QR when X is float64 itself; otherwise `root_of` its Gram matrix in
+    float64, several times faster, and as exact as float32 or narrower factors can tell.
+    """
+    if X.dtype == torch.float64:
+        return torch.linalg.qr(X.detach(), mode="r").R.cpu()        # (min(m, r), r)
+    return root_of(gram(X))                                         # (r, r)
+
+
+def core_of(Gu: Tensor, Gv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`core` from the Gram matrices U^T U and V V^T alone.  (r, r), (r, r) -> (r,), (r, r), (r, r).
+
+    From eigh(C C^T), which finds S down to 1e-8 of the largest: under what float32 factors hold.
+    """
+    Ru = root_of(Gu)                                                # (r, r)
+    CR = Gv @ Ru.mT                                                 # (r, r) = Rv^T C^T
+    lam, P = torch.linalg.eigh(Ru @ CR)                             # (r,), (r, r), rising
+    S, P = lam.flip(0).clamp_min(0).sqrt(), P.flip(1)               # (r,), (r, r)
+    A = (CR @ P) / S.clamp_min(torch.finfo(S.dtype).tiny)           # (r, r): Z = C^T P / S
+    return S, A, P.mT @ Ru
 
 
 def core(U: Tensor, V: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -83,19 +117,13 @@ def core(U: Tensor, V: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     W = (Qu P) S (Qv Z)^T.  Returns S (r,), falling, A = Rv^T Z (r, r) and B = P^T Ru (r, r), for which
     U A = (Qu P) S and B V = S (Qv Z)^T.  float64 on the CPU.  O((m + n) r^2).
 
-    From the SVD of C when the factors are float64; else from eigh(C C^T), which finds S down to 1e-8 of the largest,
-    under what float32 factors hold, in half the time.
+    From the SVD of C when the factors are float64; else from their Gram matrices (`core_of`), in half the time.
     """
-    Ru = root(U)                                                    # (r, r)
     if U.dtype == torch.float64:
-        Rv = root(V.mT)                                             # (r, r)
+        Ru, Rv = root(U), root(V.mT)                                # (r, r), (r, r)
         P, S, Zt = torch.linalg.svd(Ru @ Rv.mT, full_matrices=False)    # (q, q), (q,), (q, q)
         return S, Rv.mT @ Zt.mT, P.mT @ Ru
-    CR = gram(V.mT) @ Ru.mT                                         # (r, r) = Rv^T C^T
-    lam, P = torch.linalg.eigh(Ru @ CR)                             # (r,), (r, r), rising
-    S, P = lam.flip(0).clamp_min(0).sqrt(), P.flip(1)               # (r,), (r, r)
-    A = (CR @ P) / S.clamp_min(torch.finfo(S.dtype).tiny)           # (r, r): Z = C^T P / S
-    return S, A, P.mT @ Ru
+    return core_of(gram(U), gram(V.mT))
 
 
 def singular_values(U: Tensor, V: Tensor) -> Tensor:
@@ -116,13 +144,12 @@ def svd_full(U: Tensor, V: Tensor, k: int, eps: float = 0.0, split: str = "sqrt"
     """
     m, n = U.shape[0], V.shape[1]
     check_rank(k, m, n)
-    W = (U.detach() @ V.detach()).cpu()                             # (m, n)
-    W = W if W.dtype == torch.float64 else W.float()                # no half-precision SVD anywhere
+    wide = working(U.dtype)                                         # no half-precision SVD anywhere
+    W = (U.detach() @ V.detach()).cpu().to(wide)                    # (m, n)
     P, S, Zt = torch.linalg.svd(W, full_matrices=False)             # (m, q), (q,), (q, n)
     P, S, Zt = P[:, :k], S[:k], Zt[:k]                              # (m, k), (k,), (k, n)
     if split == "sqrt":
-        half = (S + eps).sqrt()                                     # (k,)
-        U2, V2 = P * half, half[:, None] * Zt                       # (m, k), (k, n)
+        U2, V2 = halves(P, S + eps, Zt)                             # (m, k), (k, n)
     elif split == "left":
         U2, V2 = P * S, Zt                                          # (m, k), (k, n)
     else:
@@ -130,25 +157,36 @@ def svd_full(U: Tensor, V: Tensor, k: int, eps: float = 0.0, split: str = "sqrt"
     return U2.to(U), V2.to(V)
 
 
-def svd_core(U: Tensor, V: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def mixed(U: Tensor, V: Tensor, A: Tensor, B: Tensor) -> Factors:
+    """The factors U A, B V, in the dtype and on the device of the old ones.  (m, r), (r, n), (r, k), (k, r) -> `Factors`."""
+    wide = working(U.dtype)                                         # as exact here as forming W in that dtype would be
+    U2 = (U.detach().to(wide) @ A.to(U.device, wide)).to(U)         # (m, k)
+    V2 = (B.to(V.device, wide) @ V.detach().to(wide)).to(V)         # (k, n)
+    return Factors(U2, V2, (A, B))
+
+
+def core_cut(U: Tensor, V: Tensor, k: int) -> Factors:
     """The best rank-k approximation of U V, k <= r, from the r x r core: what `svd_full` gives, W never formed.
 
-    (m, r), (r, n) -> (m, k), (k, n), S split evenly: U' = U A S^(-1/2) and V' = S^(-1/2) B V with A and B of `core`.
+    (m, r), (r, n) -> U' (m, k), V' (k, n), S split evenly: U' = U A S^(-1/2) and V' = S^(-1/2) B V with A and B of `core`.
     O((m + n) r^2).  Orthonormal bases are never formed either.
-    Directions that W does not have (s below r eps of the largest) start as `grow` would start them.
+    Directions that W does not have (s below r eps of the largest, eps of the precision worked in) start as `grow` would
+    start them.  ValueError unless 1 <= k <= r.
     """
     m, r, n = U.shape[0], U.shape[1], V.shape[1]
     if not 1 <= k <= r:
         raise ValueError(f"svd_core: rank {k} asked of factors of rank {r}; it takes 1 to {r} (grow adds directions).")
     S, A, B = core(U, V)                                            # (r,), (r, r), (r, r)
-    live = int((S > S[0] * r * torch.finfo(U.dtype).eps).sum())     # directions that are more than rounding
+    live = int((S > S[0] * r * torch.finfo(working(U.dtype)).eps).sum())    # directions that are more than rounding
     q = min(k, live)
     half = S[:q].rsqrt()                                            # (q,)
-    A, B = A[:, :q] * half, half[:, None] * B[:q]                   # (r, q), (q, r)
-    wide = torch.promote_types(U.dtype, torch.float32)              # as exact here as forming W in that dtype would be
-    U2 = (U.detach().to(wide) @ A.to(U.device, wide)).to(U)         # (m, q)
-    V2 = (B.to(V.device, wide) @ V.detach().to(wide)).to(V)         # (q, n)
-    return (U2, V2) if q == k else grow(U2, V2, k, like=V)
+    cut = mixed(U, V, A[:, :q] * half, half[:, None] * B[:q])       # (m, q), (q, n)
+    return cut if q == k else Factors(*grow(cut.U, cut.V, k, like=V))
+
+
+def svd_core(U: Tensor, V: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The factors of `core_cut` alone: (m, r), (r, n) -> (m, k), (k, n)."""
+    return core_cut(U, V, k)[:2]
 
 
 def grow(U: Tensor, V: Tensor, k: int, like: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -168,7 +206,7 @@ def grow(U: Tensor, V: Tensor, k: int, like: Tensor | None = None) -> tuple[Tens
         return U.detach().clone(), V.detach().clone()
     rows = _wide(V).cpu()                                           # (r, n)
     Q = torch.linalg.qr(rows.mT).Q                                  # (n, r), spans the old rows
-    X = torch.randn(n, k - r, dtype=torch.float64)                  # (n, k - r)
+    X = torch.randn(n, k - r, dtype=torch.float64, device="cpu")    # (n, k - r)
     for _ in range(2):                                              # twice is enough (Giraud, Langou & Rozloznik 2005)
         X = X - Q @ (Q.mT @ X)                                      # (n, k - r)
     X = torch.linalg.qr(X).Q.mT                                     # (k - r, n)
@@ -207,22 +245,8 @@ def relative_change(U: Tensor, V: Tensor, U2: Tensor, V2: Tensor) -> float:
     return max(0.0, (old + new - 2 * both) / old) ** 0.5
 
 
-# ------------------------------------------------------------------------------------------------ the axis: resize
-
-@dataclass(frozen=True)
-class SvdCore:
-    """Shrink by the core's SVD, grow without changing W: ours."""
-
-    def __call__(self, U: Tensor, V: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        return svd_core(U, V, k) if k <= U.shape[1] else grow(U, V, k)
-
-
-@dataclass(frozen=True)
-class SvdFull:
-    """Form W, full SVD, keep k: the scripts' way, both for shrinking and for growing."""
-
-    eps: float = 1e-8                                               # under the root; script v10
-    split: str = "sqrt"                                             # or "left": scripts v7.2, v7.3
-
-    def __call__(self, U: Tensor, V: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        return svd_full(U, V, k, self.eps, self.split)
+def mix_change(Gu: Tensor, Gv: Tensor, A: Tensor, B: Tensor) -> float:
+    """`relative_change` of U' = U A, V' = B V, from the old factors' Gram matrices: (r, r), (r, r), (r, k), (k, r)."""
+    D = A @ B - torch.eye(len(Gu), dtype=Gu.dtype, device=Gu.device)    # (r, r): W' - W = U D V
+    whole = torch.einsum("ij,ji->", Gu, Gv).item()
+    return 0.0 if whole <= 0 else max(0.0, torch.einsum("ij,ji->", D.mT @ Gu @ D, Gv).item() / whole) ** 0.5

@@ -5,14 +5,20 @@ Dims: m out_features, n in_features, r rank.  U (m, r), V (r, n), W = U V (m, n)
 
 from __future__ import annotations
 
-from typing import Callable, Mapping
+import warnings
+from collections import Counter
+from fnmatch import fnmatchcase
+from typing import Any, Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .axes import Init
 from .factor import check_rank
-from .init import Spectral
+from .init import Fresh, Spectral
+
+Where = Callable[[str], bool] | str | Sequence[str] | None     # which layers: a test, or shell patterns, of their names
 
 
 def factored(x: Tensor, U: Tensor, V: Tensor, bias: Tensor | None) -> Tensor:
@@ -24,31 +30,56 @@ class LowRankLinear(nn.Module):
     """y = x (U V)^T + bias, for x of any leading shape.
 
     U (out_features, rank), V (rank, in_features), bias (out_features,) or None.  The rank is read from the tensors and
-    kept nowhere else; loading a state dict of another rank resizes the layer (build the optimizer after loading).
-    Starts as torch's nn.Linear would, truncated to the rank (`init.Spectral`).  ValueError unless
-    1 <= rank <= min(in_features, out_features).
+    kept nowhere else; loading a state dict of another rank resizes the layer.  Starts as torch's nn.Linear would,
+    truncated to the rank (`init.Fresh`).  ValueError unless 1 <= rank <= min(in_features, out_features); a float is a
+    share of the dense layer's numbers.
+
+        >>> layer = LowRankLinear(48, 32, rank=4)
+        >>> layer(torch.zeros(5, 48)).shape, layer.rank
+        (torch.Size([5, 32]), 4)
     """
 
     op: Callable = staticmethod(factored)                           # what forward calls; v6 and v7.3 have their own
+    dense: type[nn.Module] = nn.Linear                              # what `densify_` makes of it
 
-    def __init__(self, in_features: int, out_features: int, rank: int, bias: bool = True, device=None, dtype=None):
+    def __init__(self, in_features: int, out_features: int, rank: int | float, bias: bool = True, device=None, dtype=None):
         super().__init__()
-        check_rank(rank, out_features, in_features, "LowRankLinear", "a layer")
-        dense = nn.Linear(in_features, out_features, bias=bias, device=device, dtype=dtype)
-        U, V = Spectral()(dense.weight, rank)                       # (m, r), (r, n)
+        rank = check_rank(rank, out_features, in_features, "LowRankLinear", "a layer")
         self.in_features, self.out_features = in_features, out_features
-        self.U, self.V, self.bias = nn.Parameter(U.contiguous()), nn.Parameter(V.contiguous()), dense.bias
+        self.U = nn.Parameter(torch.empty(out_features, rank, device=device, dtype=dtype))
+        self.V = nn.Parameter(torch.empty(rank, in_features, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Start anew, as the constructor does."""
+        if self.U.is_meta:
+            return
+        U, V = Fresh()(self.U.new_empty(1, 1).expand(self.out_features, self.in_features), self.rank)
+        self.U.copy_(U)
+        self.V.copy_(V)
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -self.in_features ** -0.5, self.in_features ** -0.5)
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, rank: int, init=Spectral()) -> "LowRankLinear":
-        """The same layer with its weight as two factors that `init` makes from it; the bias is the same Parameter."""
+    def from_linear(cls, linear: nn.Module, rank: int | float, init: Init = Spectral()) -> "LowRankLinear":
+        """The same layer with its weight as two factors that `init` makes from it; the bias is the same Parameter.
+
+        linear: an nn.Linear, or a Conv1D of transformers (GPT-2's, whose weight is stored as (n, m)).
+        """
+        W = dense_weight(linear)                                    # (m, n)
+        m, n = W.shape
+        rank = check_rank(rank, m, n, "from_linear", "a layer")
         new = cls.__new__(cls)
         nn.Module.__init__(new)
-        new.in_features, new.out_features = linear.in_features, linear.out_features
+        new.in_features, new.out_features = n, m
+        U, V = init(W.detach(), rank)                               # (m, r), (r, n)
         grad = linear.weight.requires_grad
-        U, V = init(linear.weight.detach(), rank)                   # (m, r), (r, n)
         new.U, new.V = nn.Parameter(U.contiguous(), grad), nn.Parameter(V.contiguous(), grad)
         new.bias = linear.bias
+        if type(linear) is not nn.Linear:
+            new.dense = type(linear)
         return new.train(linear.training)
 
     @property
@@ -57,88 +88,247 @@ class LowRankLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """W = U V, formed now (m, n): for export and for code that reads `.weight`; forward never does."""
+        """W = U V, formed now (m, n): for export and for code that reads `.weight`; forward never does.
+
+        Writing into it changes nothing: it is a new tensor at every call.
+        """
         return self.U @ self.V
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.op(x, self.U, self.V, self.bias)                # (..., n) -> (..., m)
+    def forward(self, input: Tensor) -> Tensor:
+        return self.op(input, self.U, self.V, self.bias)            # (..., n) -> (..., m)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, rank={self.rank}, bias={self.bias is not None}"
+
+    def take_rank(self, rank: int) -> None:
+        """Make room for factors of another rank, whose numbers follow: new, empty Parameters."""
+        for name, shape in (("U", (self.out_features, rank)), ("V", (rank, self.in_features))):
+            old = getattr(self, name)
+            setattr(self, name, successor(old, old.new_empty(shape)))
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         # a saved layer of another rank makes this one take that rank; anything else that differs is torch's to refuse
         U, V = state_dict.get(prefix + "U"), state_dict.get(prefix + "V")
         fits = U is not None and V is not None and U.dim() == V.dim() == 2 and U.shape[1] == V.shape[0]
         if fits and U.shape[0] == self.out_features and V.shape[1] == self.in_features and U.shape[1] != self.rank:
-            grad = self.U.requires_grad
-            self.U = nn.Parameter(self.U.new_empty(U.shape), grad)
-            self.V = nn.Parameter(self.V.new_empty(V.shape), grad)
+            check_rank(U.shape[1], self.out_features, self.in_features, "load_state_dict", prefix.rstrip(".") or "the layer")
+            self.take_rank(U.shape[1])
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
+def successor(old: nn.Parameter, new: Tensor) -> nn.Parameter:
+    """The Parameter of another shape that stands where `old` stood: its attributes and gradient hooks go along."""
+    p = nn.Parameter(new, old.requires_grad)
+    p.__dict__.update(old.__dict__)
+    for hook in (old._backward_hooks or {}).values():
+        p.register_hook(hook)
+    for hook in (old._post_accumulate_grad_hooks or {}).values():
+        p.register_post_accumulate_grad_hook(hook)
+    return p
+
+
+# ------------------------------------------------------------------------------------------------ what is in a model
+
 def low_rank_layers(model: nn.Module) -> dict[str, LowRankLinear]:
     """Every LowRankLinear of the model by name, in module order."""
-    return {name: layer for name, layer in model.named_modules() if isinstance(layer, LowRankLinear)}
+    return {name: layer for name, layer in unwrapped(model).named_modules() if isinstance(layer, LowRankLinear)}
 
 
-def _refuse_wrapped(model: nn.Module, who: str) -> None:
-    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-        raise ValueError(f"{who}: the model is wrapped in {type(model).__name__}, which would go on holding the old "
-                         f"parameters. Call {who}(model.module, ...) and wrap again.")
+def is_conv1d(mod: nn.Module) -> bool:
+    """Is it the Conv1D of transformers, a linear layer that stores its weight as (n, m)?"""
+    return type(mod).__name__ == "Conv1D" and type(mod).__module__.startswith("transformers.")
 
 
-def _swap_module(model: nn.Module, name: str, new: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, new)
+def dense_weight(linear: nn.Module) -> Tensor:
+    """The weight of a linear layer as (m, n)."""
+    return linear.weight.mT if is_conv1d(linear) else linear.weight
 
 
-def factorize_(model: nn.Module, rank: int | float | Mapping[str, int | float] | Callable[[str, nn.Linear], int | float],
-               where: Callable[[str], bool] | None = None, init=Spectral(), op: Callable | None = None) -> nn.Module:
-    """Replace the model's nn.Linear layers by LowRankLinear ones, in place; returns the model.  `densify_` undoes it.
+def dense_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers that `factorize_` can take, by name: exact nn.Linear, and Conv1D of transformers.
 
-    rank: one number, {layer name: number}, or a function (name, linear) -> number; an int is a rank, a float a share of
-    the dense layer's parameters (0.5: half).  where(name) -> bool picks layers; without it all of them (or the mapping's).
-    init(weight, rank) -> (U, V); the default is the truncated SVD, so a trained model keeps the best approximation of
-    what it knows.  op: what forward computes, `factored` if not said.
-    Only exact nn.Linear layers are taken: a subclass may have a forward of its own.  Hooks of a replaced layer are gone.
+    A subclass may have a forward of its own; a layer whose weight is computed (parametrised, weight-normed) or not there
+    yet (lazy) has no Parameter to replace.
+    """
+    return {name: mod for name, mod in model.named_modules() if (type(mod) is nn.Linear or is_conv1d(mod))
+            and type(mod._parameters.get("weight")) is nn.Parameter}
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module that torch.compile was given, or the model itself."""
+    return getattr(model, "_orig_mod", model)
+
+
+def refuse_wrapped(model: nn.Module, who: str) -> None:
+    """ValueError for a model of which somebody else holds the parameters: DDP, FSDP, DTensor, peft."""
+    for name, mod in model.named_modules():
+        at = f" (at {name!r})" if name else ""
+        if isinstance(mod, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            raise ValueError(f"{who}: the model is wrapped in {type(mod).__name__}{at}, which would go on holding the old "
+                             f"parameters. Give {who} the module inside (.module), leave the wrapper out, and average "
+                             "gradients with alr.average_gradients(model) after backward.")
+        if "FullyShardedDataParallel" in [k.__name__ for k in type(mod).__mro__] or type(mod).__name__.startswith("FSDP"):
+            raise ValueError(f"{who}: the model is sharded by FSDP{at}, whose pieces cannot change their shape. Call "
+                             f"{who} before sharding, with a recipe that holds its ranks (alr.recipes.uniform), or train "
+                             "with alr.average_gradients(model) in place of FSDP.")
+        if type(mod).__module__.startswith("peft."):
+            raise ValueError(f"{who}: the model holds adapters of peft{at} ({type(mod).__name__}). Merge them first "
+                             "(merge_and_unload), or factorize the model before peft is given it.")
+    for name, p in model.named_parameters():
+        if type(p.data).__name__ == "DTensor" or type(p).__name__ == "DTensor":
+            raise ValueError(f"{who}: {name!r} is a DTensor (fully_shard, tensor parallel), whose pieces cannot change "
+                             f"their shape. Call {who} before the model is distributed.")
+
+
+def picks(where: Where, name: str) -> bool:
+    """Does `where` pick the layer of that name?"""
+    if where is None:
+        return True
+    if callable(where):
+        return bool(where(name))
+    return any(fnmatchcase(name, pattern) for pattern in ([where] if isinstance(where, str) else where))
+
+
+def check_where(where: Any, who: str) -> None:
+    listed = isinstance(where, Sequence) and all(isinstance(pattern, str) for pattern in where)
+    if not (where is None or callable(where) or listed):
+        raise ValueError(f"{who}: where is {where!r}; wanted a function of a layer's name, or shell patterns of names such "
+                         "as ('blocks.*',).")
+
+
+def left_out(model: nn.Module) -> Counter:
+    """Modules, by type, that hold matrices and are neither low-rank, nor what factorize_ can take, nor embeddings."""
+    skip = (nn.Embedding, nn.EmbeddingBag, LowRankLinear)
+    taken = set(map(id, dense_layers(model).values()))
+    found = Counter()
+    for mod in model.modules():
+        own = dict(mod._parameters)
+        if hasattr(mod, "parametrizations"):
+            own |= {name: part.original for name, part in mod.parametrizations.items() if hasattr(part, "original")}
+        matrices = sum(p is not None and p.dim() >= 2 and min(p.shape) > 1 for p in own.values())
+        if matrices and not isinstance(mod, skip) and id(mod) not in taken and "ParametrizationList" not in type(mod).__name__:
+            found[type(mod).__name__] += 1
+    return found
+
+
+# ------------------------------------------------------------------------------------------------ in and out
+
+def factorize_(model: nn.Module, rank: int | float | Mapping[str, int | float] | Callable[[str, nn.Module], int | float],
+               where: Where = None, init: Init = Spectral(), op: Callable | None = None) -> nn.Module:
+    """Replace the model's linear layers by LowRankLinear ones, in place; returns the model.  `densify_` undoes it.
+
+    rank: one number, {layer name: number}, or a function (name, linear) -> number; a whole number is a rank, a float a
+    share of the dense layer's parameters (0.5: half).  where: which layers, by a function of the name or by shell patterns
+    of names; without it all of them (or the mapping's).  init(weight, rank) -> (U, V); the default is the truncated SVD,
+    so a trained model keeps the best approximation of what it knows; `init.Fresh()` starts a large new model in a fraction
+    of the time.  op: what forward computes, `factored` if not said.
+
+    Taken are exact nn.Linear layers and Conv1D of transformers.  A warning of one line names the kinds of modules that
+    hold matrices and were not taken.  Hooks of a replaced layer are gone.
     Make the optimizer afterwards: one made before still holds the old weights.
 
-    ValueError, before anything is changed: nothing matched; a rank out of range; a weight shared with another module;
-    a DDP-wrapped model; a model that is itself an nn.Linear.
+    ValueError, before anything is changed: nothing matched; a rank out of range; a weight that is not finite, or shared
+    with another module; a wrapped or sharded model; a model that is itself a linear layer.
+
+        >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))
+        >>> sorted(low_rank_layers(factorize_(model, rank=4)))
+        ['0', '2']
     """
-    _refuse_wrapped(model, "factorize_")
-    linears = {name: mod for name, mod in model.named_modules() if type(mod) is nn.Linear}
+    model_given, model = model, unwrapped(model)
+    refuse_wrapped(model, "factorize_")
+    check_where(where, "factorize_")
+    if rank is None or isinstance(rank, (str, bool)) or not (isinstance(rank, Mapping) or callable(rank)
+                                                             or hasattr(rank, "__float__")):
+        raise ValueError(f"factorize_: rank is {rank!r}; wanted a whole number, a share such as 0.5, {{name: number}} or a "
+                         "function (name, linear) -> number.")
+    linears = dense_layers(model)
     if "" in linears:
-        raise ValueError("factorize_: the model is itself an nn.Linear and cannot be replaced in place; "
+        raise ValueError("factorize_: the model is itself a linear layer and cannot be replaced in place; "
                          "use LowRankLinear.from_linear(linear, rank).")
     if isinstance(rank, Mapping):
         unknown = sorted(set(rank) - set(linears))
         if unknown:
-            raise ValueError(f"factorize_: rank names {unknown[0]!r}, which is not an nn.Linear of the model; "
+            raise ValueError(f"factorize_: rank names {unknown[0]!r}, which is no linear layer of the model; "
                              f"it has {len(linears)}, the first is {next(iter(linears), None)!r}.")
-    chosen = [name for name in linears if (where is None or where(name))
-              and not (isinstance(rank, Mapping) and name not in rank)]
+    chosen = [name for name in linears if picks(where, name) and not (isinstance(rank, Mapping) and name not in rank)]
+    others = left_out(model)
+    told = ", ".join(f"{count} {kind}" for kind, count in sorted(others.items()))
     if not chosen:
-        raise ValueError(f"factorize_: no nn.Linear matched `where`. The model has {len(linears)}"
-                         + (f", the first is {next(iter(linears))!r}." if linears else "."))
+        already = len(low_rank_layers(model))
+        raise ValueError("factorize_: no linear layer matched `where`. " + (
+            f"The model has {len(linears)}, the first is {next(iter(linears))!r}." if linears else
+            f"The model holds {already} LowRankLinear already; change a rank with RankAdapter.resize({{name: rank}})."
+            if already else "The model has none.") + (f" Not taken, though they hold matrices: {told}." if told else ""))
     holders: dict[int, list[str]] = {}
     for name, p in model.named_parameters(remove_duplicate=False):
         holders.setdefault(id(p), []).append(name)
     ranks = {}
     for name in chosen:
         linear = linears[name]
-        others = [h.rpartition(".")[0] for h in holders[id(linear.weight)] if h != f"{name}.weight"]
-        if others:
-            raise ValueError(f"factorize_: {name!r} shares its weight with {others[0]!r}; "
+        m, n = dense_weight(linear).shape
+        sharing = [h.rpartition(".")[0] for h in holders[id(linear.weight)] if h != f"{name}.weight"]
+        if sharing:
+            raise ValueError(f"factorize_: {name!r} shares its weight with {sharing[0]!r}; "
                              f"leave it out with where=lambda name: name != {name!r}.")
         k = rank[name] if isinstance(rank, Mapping) else rank(name, linear) if callable(rank) else rank
-        ranks[name] = check_rank(k, linear.out_features, linear.in_features, "factorize_", name)
-    for name, k in ranks.items():
-        new = LowRankLinear.from_linear(linears[name], k, init)
+        try:
+            ranks[name] = check_rank(k, m, n, "factorize_", name)
+        except ValueError as error:
+            if isinstance(rank, Mapping) or callable(rank) or isinstance(k, float):
+                raise
+            raise ValueError(f"{error} For another rank in small layers: rank=lambda name, linear: "
+                             f"min({k}, linear.in_features, linear.out_features).") from None
+    made = {}
+    for name, k in ranks.items():                                   # all of them, before the first is put in
+        start = init.for_layer(name) if isinstance(init, Init) else init
+        try:
+            made[name] = LowRankLinear.from_linear(linears[name], k, start)
+        except (ValueError, torch.linalg.LinAlgError) as error:
+            raise ValueError(f"factorize_: {name!r}: {error}") from error
         if op is not None:
-            new.op = op
-        _swap_module(model, name, new)
+            made[name].op = op
+    for name, new in made.items():
+        swap_module(model, name, new)
+    if told:
+        warnings.warn(f"factorize_: {len(made)} layers are low-rank now; not taken, though they hold matrices: {told}.",
+                      stacklevel=2)
+    return model_given
+
+
+def factorize_like_(model: nn.Module, state: Mapping[str, Any]) -> nn.Module:
+    """Give the model the low-rank layers, and the ranks, of a saved one, in place; returns the model.  Numbers follow.
+
+    state: a state dict with keys "NAME.U" and "NAME.V", or anything by name that has a shape or a size, such as the
+    metadata of a torch.distributed checkpoint.  Then `model.load_state_dict(state)`, or dcp.load.
+    ValueError for a saved layer that the model does not have in that shape.
+
+        >>> small = factorize_(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)), rank=1)
+        >>> model = factorize_like_(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)), small.state_dict())
+        >>> model.load_state_dict(small.state_dict())
+        <All keys matched successfully>
+    """
+    inner = unwrapped(model)
+    refuse_wrapped(inner, "factorize_like_")
+    shapes = {key: tuple(getattr(x, "shape", None) or getattr(x, "size", ())) for key, x in state.items()}
+    names = [key[:-2] for key in shapes if key.endswith(".U") and f"{key[:-2]}.V" in shapes]
+    if not names:
+        raise ValueError("factorize_like_: no pair of keys 'NAME.U', 'NAME.V' in the state: it is of a dense model.")
+    dense, low = dense_layers(inner), low_rank_layers(inner)
+    for name in names:
+        (m, r), (r2, n) = shapes[f"{name}.U"], shapes[f"{name}.V"]
+        layer = low.get(name, dense.get(name))
+        here = None if layer is None else (layer.out_features, layer.in_features) if name in low else tuple(dense_weight(layer).shape)
+        if here != (m, n) or r != r2:
+            raise ValueError(f"factorize_like_: {name!r} is saved as ({m} x {r}) ({r2} x {n}); the model has "
+                             f"{'no linear layer of that name' if here is None else f'{here[0]} x {here[1]} there'}.")
+        check_rank(r, m, n, "factorize_like_", name)
+    for name in names:
+        r = shapes[f"{name}.U"][1]
+        if name in low:
+            if low[name].rank != r:
+                low[name].take_rank(r)
+        else:
+            swap_module(inner, name, LowRankLinear.from_linear(dense[name], r, Fresh()))
     return model
 
 
@@ -157,19 +347,40 @@ def product_decay_(model: nn.Module, amount: float) -> None:
 
 
 @torch.no_grad()
-def densify_(model: nn.Module, dearer: bool = False) -> nn.Module:
-    """Replace every LowRankLinear by the nn.Linear of weight U V, in place; returns the model.  Make the optimizer anew.
+def densify_(model: nn.Module, only_if_larger: bool = False) -> nn.Module:
+    """Replace every LowRankLinear by the dense layer of weight U V, in place; returns the model.
 
-    dearer: only the layers whose factors hold as many numbers as W or more, so that nothing is paid for being low-rank.
+    A layer goes back to the kind that it was made from (nn.Linear, or Conv1D of transformers).  Make the optimizer and the
+    adapter anew.  only_if_larger: only layers whose factors hold as many numbers as W or more, for which being low-rank
+    saves nothing.
+
+        >>> model = factorize_(nn.Sequential(nn.Linear(8, 8)), rank=2)
+        >>> densify_(model)
+        Sequential(
+          (0): Linear(in_features=8, out_features=8, bias=True)
+        )
     """
-    _refuse_wrapped(model, "densify_")
-    for name, low in low_rank_layers(model).items():
-        if dearer and low.U.numel() + low.V.numel() < low.out_features * low.in_features:
-            continue
-        if name == "":
-            raise ValueError("densify_: the model is itself a LowRankLinear and cannot be replaced in place.")
-        dense = nn.Linear(low.in_features, low.out_features, bias=low.bias is not None, device="meta")
-        dense.weight = nn.Parameter(low.weight, low.U.requires_grad)
+    inner = unwrapped(model)
+    refuse_wrapped(inner, "densify_")
+    layers = {name: low for name, low in low_rank_layers(inner).items()
+              if not only_if_larger or low.U.numel() + low.V.numel() >= low.out_features * low.in_features}
+    if "" in layers:
+        raise ValueError("densify_: the model is itself a LowRankLinear and cannot be replaced in place.")
+    for name, low in layers.items():
+        W = low.weight                                              # (m, n)
+        if low.dense is nn.Linear:
+            dense = nn.Linear(low.in_features, low.out_features, bias=low.bias is not None, device="meta")
+        else:
+            with torch.device("meta"):
+                dense = low.dense(low.out_features, low.in_features)
+            W = W.mT.contiguous()                                   # (n, m)
+        dense.weight = nn.Parameter(W, low.U.requires_grad)
         dense.bias = low.bias
-        _swap_module(model, name, dense.train(low.training))
+        swap_module(inner, name, dense.train(low.training))
     return model
+
+
+def swap_module(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Put `new` where the module of that name stands."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, new)

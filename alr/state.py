@@ -1,7 +1,8 @@
 """What does the optimizer remember of a layer whose rank has changed?
 
 Dims: m out_features, n in_features, r old rank, k new rank.  U (m, r) -> U' (m, k), V (r, n) -> V' (k, n).
-A policy is called once for all layers that changed together: `policy(optimizers, swaps)`.
+A policy is asked once for all layers that change together: `policy.plan(optimizers, swaps)` computes, and may refuse;
+`Plan.apply()` writes, and cannot fail.  `policy(optimizers, swaps)` does both.
 """
 
 from __future__ import annotations
@@ -13,135 +14,184 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .factor import change_of_basis
+from .axes import StatePolicy
+from .factor import change_of_basis, working
 
 LINEAR = ("exp_avg", "momentum_buffer")                             # averages of gradients: linear in them
 SQUARE = ("exp_avg_sq", "max_exp_avg_sq")                           # averages of their squares
 
 
 class Swap(NamedTuple):
-    """One layer's old and new Parameters."""
+    """One layer's old and new Parameters; mix: see `axes.Factors`."""
 
     U: nn.Parameter                     # (m, r)
     V: nn.Parameter                     # (r, n)
     U2: nn.Parameter                    # (m, k)
     V2: nn.Parameter                    # (k, n)
+    mix: tuple[Tensor, Tensor] | None = None
 
 
-def replace_parameter(optimizers: Sequence[Optimizer], old: nn.Parameter, new: nn.Parameter) -> tuple[Optimizer, dict]:
-    """Put `new` where `old` stands in its param group; returns the optimizer and old's state, taken out of it.
+class Move(NamedTuple):
+    """One Parameter that an optimizer is to hold in place of another, with the state it begins with ({}: none)."""
 
-    KeyError if no optimizer holds `old`.
-    """
+    optimizer: Optimizer
+    group: dict
+    place: int                          # in group["params"]
+    old: nn.Parameter
+    new: nn.Parameter
+    state: dict
+
+
+class Plan(NamedTuple):
+    """What is to be written into the optimizers; nothing has been yet."""
+
+    moves: tuple[Move, ...] = ()
+    forget: tuple[Optimizer, ...] = ()  # those whose whole state is dropped first
+
+    def apply(self) -> None:
+        for optimizer in self.forget:
+            optimizer.state.clear()
+        for optimizer, group, place, old, new, state in self.moves:
+            optimizer.state.pop(old, None)
+            group["params"][place] = new
+            if state:
+                optimizer.state[new] = state
+
+
+def place_of(optimizers: Sequence[Optimizer], p: nn.Parameter) -> tuple[Optimizer, dict, int] | None:
+    """(optimizer, param group, place in it) of a Parameter; None where nobody holds it."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            for i, p in enumerate(group["params"]):
-                if p is old:
-                    group["params"][i] = new
-                    return optimizer, optimizer.state.pop(old, {})
-    raise KeyError(f"no optimizer holds the parameter of shape {tuple(old.shape)} whose rank changes; was the optimizer "
-                   "made before factorize_ or before load_state_dict? Make it after them.")
+            for i, held in enumerate(group["params"]):
+                if held is p:
+                    return optimizer, group, i
+    return None
+
+
+def moves(optimizers: Sequence[Optimizer], swaps: Sequence[Swap]) -> list[tuple[Swap, str, Move]]:
+    """Both Parameters of every swap, as (swap, "U" or "V", Move with the old state).
+
+    ValueError if no optimizer holds an old one.
+    """
+    out = []
+    for swap in swaps:
+        for side, old, new in (("U", swap.U, swap.U2), ("V", swap.V, swap.V2)):
+            found = place_of(optimizers, old)
+            if found is None:
+                raise ValueError(f"no optimizer holds the parameter of shape {tuple(old.shape)} whose rank changes; was the "
+                                 "optimizer made before factorize_ or before load_state_dict? Make it after them.")
+            out.append((swap, side, Move(*found, old, new, found[0].state.get(old, {}))))
+    return out
+
+
+class _Policy(StatePolicy):
+    def __call__(self, optimizers: Sequence[Optimizer], swaps: Sequence[Swap]) -> None:
+        self.plan(optimizers, swaps).apply()
 
 
 @dataclass(frozen=True)
-class Stale:
+class Stale(_Policy):
     """Tell the optimizer nothing: it goes on holding the old parameters, and the layer is never trained again.
 
     The historic flaw of scripts v3 to v6, v7.1 to v7.3 and v9.  Kept to show it.
     """
 
-    def check(self, optimizers: Sequence[Optimizer]) -> None:
-        pass
+    tells = False
 
-    def __call__(self, optimizers: Sequence[Optimizer], swaps: Sequence[Swap]) -> None:
-        pass
+    def plan(self, optimizers, swaps) -> Plan:
+        return Plan()
 
 
 @dataclass(frozen=True)
-class Reset:
+class Reset(_Policy):
     """Forget: of every parameter, embeddings included (script v10), or of the changed factors only."""
 
     everything: bool = True
 
-    def check(self, optimizers: Sequence[Optimizer]) -> None:
-        pass
+    def check(self, optimizers) -> None:
+        for optimizer in optimizers:
+            if isinstance(optimizer, torch.optim.LBFGS):
+                raise TypeError("Reset: LBFGS keeps one flat history of all parameters, which no rank change can follow; "
+                                "use another optimizer, or a recipe that holds its ranks.")
 
-    def __call__(self, optimizers: Sequence[Optimizer], swaps: Sequence[Swap]) -> None:
-        for U, V, U2, V2 in swaps:
-            replace_parameter(optimizers, U, U2)
-            replace_parameter(optimizers, V, V2)
-        if self.everything and swaps:
-            for optimizer in optimizers:
-                optimizer.state.clear()
+    def plan(self, optimizers, swaps) -> Plan:
+        found = moves(optimizers, swaps)
+        return Plan(tuple(fresh(move) for _, _, move in found), tuple(optimizers) if self.everything and swaps else ())
+
+
+def fresh(move: Move) -> Move:
+    """The same move with the state that the optimizer begins with: none, or what it makes itself (`fresh_state`)."""
+    make = getattr(move.optimizer, "fresh_state", None)
+    return move._replace(state=make(move.group, move.new) if make else {})
 
 
 @dataclass(frozen=True)
-class Transport:
+class Transport(_Policy):
     """Carry the moments to the new basis.
 
     Gradients obey g_U' = g_U T_U and g_V' = T_V g_V (`factor.change_of_basis`), so an average of gradients does too, and
-    the first moment is exact.  The second is a diagonal, which no rotation keeps; we carry the variance:
-    v' = (T o T)(v - m^2) + m'^2, the form of LDAdam (Robert et al. 2024), on bias-corrected moments.  Directions that
-    are new start with m = 0 and the mean second moment of the old ones (ours, untuned): with v = 0 and an old step
-    count, Adam's first step for them would be about three times its usual length.
+    the first moment is exact for factors that stood still while it was gathered.  The second is a diagonal, which no
+    rotation keeps; we carry the variance: v' = (T o T)(v - m^2) + m'^2, the form of LDAdam (Robert et al. 2024), on
+    bias-corrected moments.  Directions that are new start with m = 0 and the mean second moment of the old ones (ours,
+    untuned): with v = 0 and an old step count, Adam's first step for them would be about three times its usual length.
 
-    For Adam, AdamW, NAdam, RAdam, SGD with momentum, Muon; others are refused by name.
+    For Adam, AdamW, NAdam, RAdam, SGD with momentum, Muon, and `optim.PairOptimizer`; others are refused by name.
     first=False: the first moment starts again from zero and only the second is carried (the experiment of chapter 12).
     """
 
     first: bool = True
 
-    def check(self, optimizers: Sequence[Optimizer]) -> None:
+    def check(self, optimizers) -> None:
         """TypeError for an optimizer whose state this policy does not understand."""
         known = tuple(getattr(torch.optim, name) for name in ("Adam", "AdamW", "NAdam", "RAdam", "SGD", "Muon")
                       if hasattr(torch.optim, name))
         for optimizer in optimizers:
             if not isinstance(optimizer, known) and not getattr(optimizer, "transportable", False):
+                advice = "Use an optimizer of that list" if isinstance(optimizer, torch.optim.LBFGS) else \
+                    "Use state=Reset(everything=False), or set `transportable = True` on an optimizer of your own that keeps nothing else"
                 raise TypeError(f"Transport: {type(optimizer).__name__} keeps state that is not known to be averages of "
-                                f"gradients ({', '.join(LINEAR)}) or of their squares ({', '.join(SQUARE)}). "
-                                "Use state=Reset(everything=False), or set `transportable = True` on an optimizer of "
-                                "your own that keeps nothing else.")
+                                f"gradients ({', '.join(LINEAR)}) or of their squares ({', '.join(SQUARE)}), as Adam, AdamW, "
+                                f"NAdam, RAdam, SGD and Muon do. {advice}.")
 
     @torch.no_grad()
-    def __call__(self, optimizers: Sequence[Optimizer], swaps: Sequence[Swap]) -> None:
-        for U, V, U2, V2 in swaps:
-            T_U, T_V = change_of_basis(U, V, U2, V2)                # (r, k), (k, r)
-            for old, new, T, side in ((U, U2, T_U, "right"), (V, V2, T_V.mT, "left")):
-                optimizer, state = replace_parameter(optimizers, old, new)
-                if not state:
-                    continue
-                group = next(g for g in optimizer.param_groups if any(p is new for p in g["params"]))
-                wide = torch.promote_types(new.dtype, torch.float32)
-                moved = carry(state, old, T.to(new.device, wide), side, group.get("betas"))
+    def plan(self, optimizers, swaps) -> Plan:
+        bases = {id(swap.U): (swap.mix[1].mT, swap.mix[0].mT) if swap.mix else change_of_basis(*swap[:4]) for swap in swaps}
+        out = []
+        for swap, side, move in moves(optimizers, swaps):
+            T_U, T_V = bases[id(swap.U)]                            # (r, k), (k, r)
+            if move.state:
+                T = (T_U if side == "U" else T_V.mT).to(move.new.device, working(move.new.dtype))   # (r, k)
+                state = carry(move.state, move.old, T, "right" if side == "U" else "left", move.group.get("betas"))
                 if not self.first:
-                    moved |= {key: torch.zeros_like(M) for key, M in moved.items() if key in LINEAR and M is not None}
-                optimizer.state[new] = moved
+                    state |= {key: torch.zeros_like(M) for key, M in state.items() if key in LINEAR and M is not None}
+                move = move._replace(state=state)
+            out.append(move)
+        return Plan(tuple(out))
 
 
 @dataclass(frozen=True)
-class Slice:
+class Slice(_Policy):
     """Cut the moments to the new shape, as if the basis had not turned (InRank's surgery); grown parts start at zero.
 
     Kept to show it: after an SVD the new coordinates are not the first k of the old ones.
     """
 
-    def check(self, optimizers: Sequence[Optimizer]) -> None:
+    def check(self, optimizers) -> None:
         Transport().check(optimizers)
 
     @torch.no_grad()
-    def __call__(self, optimizers: Sequence[Optimizer], swaps: Sequence[Swap]) -> None:
-        for U, V, U2, V2 in swaps:
-            for old, new in ((U, U2), (V, V2)):
-                optimizer, state = replace_parameter(optimizers, old, new)
-                m, n = min(old.shape[0], new.shape[0]), min(old.shape[1], new.shape[1])
-                cut = {}
-                for key, M in state.items():
-                    cut[key] = M
-                    if isinstance(M, Tensor) and M.dim() == 2:
-                        cut[key] = M.new_zeros(new.shape)           # (m, k) or (k, n)
-                        cut[key][:m, :n] = M[:m, :n]
-                if state:
-                    optimizer.state[new] = cut
+    def plan(self, optimizers, swaps) -> Plan:
+        out = []
+        for _, _, move in moves(optimizers, swaps):
+            m, n = (min(a, b) for a, b in zip(move.old.shape, move.new.shape))
+            cut = {}
+            for key, M in move.state.items():
+                cut[key] = M
+                if isinstance(M, Tensor) and M.dim() == 2:
+                    cut[key] = M.new_zeros(move.new.shape)          # (m, k) or (k, n)
+                    cut[key][:m, :n] = M[:m, :n]
+            out.append(move._replace(state=cut))
+        return Plan(tuple(out))
 
 
 def carry(state: dict, old: Tensor, T: Tensor, side: str, betas: tuple[float, float] | None) -> dict:

@@ -9,8 +9,8 @@ import torch
 from alr import LowRankLinear, low_rank_layers, recipes
 from alr.estimate import stable_rank, stable_rank_power
 from alr.factor import svd_core, svd_full
-from alr.model import GPT, GPTConfig
-from alr.pairs import PairOptimizer, pairs
+from alr.lab.model import GPT, GPTConfig
+from alr.optim import PairOptimizer, pairs
 
 
 def factors(m, n, r):

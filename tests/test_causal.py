@@ -6,8 +6,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import alr
-from alr.causal import assert_causal, attention_maps
-from alr.model import GPT, MLPLM, GPTConfig, MLPConfig, block_linears
+from alr.causal import assert_causal
+from alr.lab.attention import attention_maps
+from alr.lab.model import GPT, MLPLM, GPTConfig, MLPConfig, block_linears
 
 C, T = 31, 12
 
@@ -139,5 +140,5 @@ def test_the_maps_are_what_the_layers_attend_with(causal, rank):
 
 
 def test_maps_of_a_model_without_attention():
-    with pytest.raises(ValueError, match="no alr.model.Attention"):
+    with pytest.raises(ValueError, match="no alr.lab.model.Attention"):
         attention_maps(mlp(), torch.zeros(1, T, dtype=torch.long))

@@ -5,8 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from alr.factor import (SvdCore, SvdFull, break_even, change_of_basis, grow, product, relative_change,
-                        singular_values, svd_core, svd_full)
+from alr.factor import break_even, change_of_basis, grow, product, relative_change, singular_values, svd_core, svd_full
+from alr.history.resize import SvdFull
+from alr.resize import SvdCore
 
 close = torch.testing.assert_close
 

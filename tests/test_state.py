@@ -6,7 +6,9 @@ import torch
 from torch import nn
 
 from alr import LowRankLinear, RankAdapter, Recipe
-from alr.factor import SvdCore, SvdFull, change_of_basis
+from alr.factor import change_of_basis
+from alr.history.resize import SvdFull
+from alr.resize import SvdCore
 from alr.state import Reset, Slice, Stale, Swap, Transport
 
 close = torch.testing.assert_close

@@ -16,7 +16,7 @@ from docutils import nodes
 from sphinx.util import logging
 from sphinx.util.docutils import SphinxRole
 
-from alr.claims import phrase
+from alr.evidence.claims import phrase
 
 REGISTER = "data/claims.json"                # below the folder of the staged pages, as it is below the repository's
 

@@ -1,0 +1,96 @@
+"""The register of claims, data/claims.toml: reading it, and judging an interval by a rule.  No torch, no records.
+
+An entry; the rule and its threshold are fixed before the runs:
+
+    [v10_against_uniform]
+    text = "At equal size, v10 ends at a lower loss than a uniform rank."
+    suite = "evolution"                 # data/runs/evolution; or several of one base, ["method", "adaptivity"]
+    metric = "val_loss"                 # a column of `ends`, or a function in alr/metrics.py
+    arms = ["v10", "uniform"]           # value = mean of v10 - uniform; or single = "v10": the mean of one arm
+    paired = true                       # the arms share seeds, hence batches: interval of the differences, else Welch's
+    rule = "<"                          # "<", ">", "within"; without a rule the entry is a figure, not a claim
+    threshold = -0.03                   # for "within": t means [-t, t], or [low, high]
+    chapter = "14_does_adaptivity_pay"
+    unit = "nats per token"
+
+Optional: format = ".3f";  interval = "bootstrap";  ratio = true (a / b instead of a - b, by logarithms);
+with = {level = 4.5} (arguments of the metric's function).
+"""
+
+from __future__ import annotations
+
+import math
+import tomllib
+from pathlib import Path
+
+from .stats import METHODS
+
+REGISTER = Path(__file__).resolve().parents[2] / "data" / "claims.toml"
+NEEDED = {"text", "suite", "metric", "chapter", "unit"}
+OPTIONAL = {"arms", "single", "paired", "ratio", "rule", "threshold", "format", "interval", "with"}
+
+
+class ClaimError(ValueError):
+    """An entry of the register that cannot be read or computed."""
+
+
+def load(path: str | Path = REGISTER) -> dict[str, dict]:
+    """The register, by key.  ClaimError for an entry with unknown, missing or contradicting fields."""
+    try:
+        register = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as e:
+        raise ClaimError(f"{path}: {e}") from None
+    for key, claim in register.items():
+        if not isinstance(claim, dict):
+            raise ClaimError(f"{path}: {key} stands outside of an entry; every claim is a table, [{key}].")
+        unknown, missing = claim.keys() - NEEDED - OPTIONAL, NEEDED - claim.keys()
+        if unknown or missing:
+            raise ClaimError(f"{path}, claim {key}: unknown {', '.join(sorted(unknown)) or 'nothing'}; missing "
+                             f"{', '.join(sorted(missing)) or 'nothing'}. Known: "
+                             f"{', '.join(sorted(NEEDED | OPTIONAL))}.")
+        arms = claim.get("arms")
+        if ("single" in claim) == ("arms" in claim) or not (arms is None or isinstance(arms, list) and len(arms) == 2):
+            raise ClaimError(f"{path}, claim {key}: wanted arms = [a, b] or single = a, one of them.")
+        if "arms" in claim and not isinstance(claim.get("paired"), bool):
+            raise ClaimError(f"{path}, claim {key}: two arms; say paired = true (shared seeds) or paired = false.")
+        if "single" in claim and {"paired", "ratio"} & claim.keys():
+            raise ClaimError(f"{path}, claim {key}: one arm is neither paired nor a ratio.")
+        if ("rule" in claim) != ("threshold" in claim):
+            raise ClaimError(f"{path}, claim {key}: a rule needs its threshold, and a threshold its rule.")
+        if "rule" in claim:
+            bounds(key, claim["rule"], claim["threshold"])
+        try:
+            format(1.0, claim.get("format", ".3f"))
+        except (ValueError, TypeError):
+            raise ClaimError(f"{path}, claim {key}: format {claim['format']!r} fits no number; e.g. '.3f'.") from None
+        if claim.get("interval", "t") not in METHODS:
+            raise ClaimError(f"{path}, claim {key}: interval {claim['interval']!r}; wanted {' or '.join(METHODS)}.")
+    return register
+
+
+def named(claim: dict) -> tuple[str, ...]:
+    """The suites that a claim draws on."""
+    return (claim["suite"],) if isinstance(claim["suite"], str) else tuple(claim["suite"])
+
+
+def bounds(key: str, rule: str, threshold) -> tuple[float, float, bool]:
+    """What a rule allows: (low, high, whether the ends are allowed).  ClaimError for a rule that makes no sense."""
+    def number(x):
+        return isinstance(x, (int, float)) and not isinstance(x, bool)
+    if rule in ("<", ">") and number(threshold):
+        return (-math.inf, threshold, False) if rule == "<" else (threshold, math.inf, False)
+    pair = [-threshold, threshold] if number(threshold) else threshold
+    if rule == "within" and isinstance(pair, list) and len(pair) == 2 and all(map(number, pair)) and pair[0] < pair[1]:
+        return (*pair, True)
+    raise ClaimError(f"claim {key}: rule {rule!r} with threshold {threshold!r}; wanted '<' or '>' with a number, or "
+                     "'within' with a positive number t (for [-t, t]) or [low, high].")
+
+
+def judge(low: float | None, high: float | None, rule: str, threshold, key: str = "") -> str:
+    """supported when the whole interval obeys the rule, not supported when all of it breaks it, else undecided."""
+    a, b, closed = bounds(key, rule, threshold)
+    if low is None or high is None:
+        return "undecided"
+    if closed:
+        return "supported" if a <= low and high <= b else "not supported" if high < a or b < low else "undecided"
+    return "supported" if a < low and high < b else "not supported" if high <= a or b <= low else "undecided"

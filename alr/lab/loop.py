@@ -1,0 +1,245 @@
+"""The loop itself: steps, epochs, validation, the end; what `train` runs and an interrupt may cut.
+
+Dims: B sequences, T tokens, C vocabulary size.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ..adapt import Resize
+from ..causal import evaluating
+from .data import IGNORE, SPLITS, Batches, blocks
+from .device import autocast, forget_peak_memory, peak_memory_mb, synchronize
+from ..group import average_gradients
+from ..linear import product_decay_
+from .model import count_parameters
+from .run import Run
+from .stop import Stop
+from .processes import Workers
+
+
+def evaluate(model: nn.Module, tokens: Tensor, block: int, batch: int, device: torch.device | str = "cpu",
+             dtype: torch.dtype | None = None) -> float:
+    """Mean loss of a model (B, T) -> (B, T, C) over every target of a split, in nats per token.
+
+    In eval mode, with no gradient and no random number; the model is left in the mode it was in.  dtype: of autocast.
+    """
+    total, n = _nats(model, tokens, block, batch, torch.device(device), dtype)
+    return total.item() / n
+
+
+def _nats(model, tokens, block, batch, device, dtype, rank=0, size=1) -> tuple[Tensor, int]:
+    """(sum of the losses of every `size`-th batch from `rank` on, targets of the whole split)."""
+    total = torch.zeros((), device=device, dtype=torch.float32 if device.type == "mps" else torch.float64)
+    targets = 0
+    with evaluating(model):
+        for i, (x, y, n) in enumerate(blocks(tokens, block, batch)):
+            targets += n
+            if i % size == rank:
+                with autocast(device, dtype):
+                    logits = model(x.to(device))                                    # (B, T, C)
+                total += F.cross_entropy(logits.float().flatten(0, 1), y.to(device).flatten(), ignore_index=IGNORE,
+                                         reduction="sum")
+    return total, targets
+
+
+class Loop:
+    """The steps, epochs and end of one run."""
+
+    def __init__(self, run: Run, workers: Workers, callback: Callable[[Run], None] | None = None,
+                 quiet: bool = False):
+        self.run, self.workers, self.callback = run, workers, callback
+        self.between_steps, self.agreed = True, workers.size == 1
+        self.mark = time.perf_counter()
+        forget_peak_memory(run.device)
+        self.train, self.valid, self.test = (getattr(run.corpus, split).to(run.device) for split in SPLITS)
+        # disable=False would override TQDM_DISABLE, so nothing is said unless it is True
+        self.bar = tqdm(total=run.config.steps, initial=run.step, desc=run.recipe.name, unit="step", dynamic_ncols=True,
+                        **({"disable": True} if quiet or workers.rank else {}))
+        self.logged = (run.step, run.seconds["work"])   # when the last `step` line was written
+
+    @property
+    def whole(self) -> bool:
+        """Is the state, now, one that a checkpoint can hold, and do all processes stand at the same step?"""
+        return self.between_steps and self.agreed
+
+    def lap(self, kind: str) -> None:
+        """Book the time since the last call."""
+        now = time.perf_counter()
+        self.run.seconds[kind] += now - self.mark
+        self.mark = now
+
+    def go(self, stop: Stop) -> None:
+        run, c = self.run, self.run.config
+        batches = Batches(self.train, c.block_size, c.batch_size, c.seed)
+        self.mark = time.perf_counter()
+        run.model.train()
+        while True:
+            if run.step == (run.epoch + 1) * c.steps_per_epoch:
+                with stop.now():
+                    loss, val = self.mean(run.running) / c.steps_per_epoch, self.validate()
+                self.epoch(loss, val)
+            if run.step == c.steps:
+                break
+            self.between_steps = False
+            self.step(*batches[run.step])
+            self.between_steps = True
+            if self.callback is not None:
+                self.lap("work")
+                self.callback(run)
+                self.lap("other")
+            self.bar.update()
+            if self.asked(stop):
+                self.agreed = True
+                raise KeyboardInterrupt
+        with stop.now():
+            losses = self.final()
+        self.end(*losses)
+
+    def asked(self, stop: Stop) -> bool:
+        """Has somebody asked this run to stop?  Processes must agree; they do where they wait for each other anyway."""
+        run, c = self.run, self.run.config
+        if self.workers.size == 1:
+            return stop.asked
+        if run.step % c.log_every and run.step % c.steps_per_epoch:
+            return False
+        return self.workers.total(torch.tensor(float(stop.asked), device=run.device)).item() > 0
+
+    def step(self, x: Tensor, y: Tensor) -> None:
+        run, c = self.run, self.run.config
+        rate = c.rate(run.step)
+        for optimizer in run.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * rate
+        x, y = self.workers.share(x), self.workers.share(y)                         # (B, T), (B, T)
+        for optimizer in run.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        if run.adapter.stale:                           # parameters that no optimizer holds
+            run.model.zero_grad(set_to_none=True)
+        with autocast(run.device, run.dtype):
+            loss = F.cross_entropy(run.model(x).flatten(0, 1), y.flatten())
+        loss.backward()
+        average_gradients(run.model)
+        due, norm = (run.step + 1) % c.log_every == 0, None
+        if c.grad_clip is not None:
+            norm = nn.utils.clip_grad_norm_(run.model.parameters(), c.grad_clip)
+        elif due:
+            norm = nn.utils.get_total_norm([p.grad for p in run.model.parameters() if p.grad is not None])
+        events = self.decide() if run.recipe.when == "before" else []
+        for optimizer in run.optimizers:
+            optimizer.step()
+        if c.decay == "product" and c.optimizer != "pairs":     # which decays the product itself
+            product_decay_(run.model, run.optimizer.param_groups[0]["lr"] * c.weight_decay)
+        run.step += 1
+        run.running += loss.detach()                    # stays on the device: reading it would make the host wait
+        for event in events if run.recipe.when == "before" else self.decide():
+            run.writer.write("resize", **event._asdict())
+        if due:
+            self.report(loss.detach(), norm, c.lr * rate)
+
+    def decide(self) -> list[Resize]:
+        run = self.run
+        if run.recipe.due(run.adapter.steps + 1):
+            synchronize(run.device)                     # what the device still has to do is not adaptation's time
+        try:
+            return run.adapter.step(run.val_loss if run.adapter.steps == run.epoch * run.config.steps_per_epoch else None)
+        except (ValueError, ArithmeticError, RuntimeError):
+            self.check(run.running.item())              # an estimate of weights that have diverged: say that instead
+            raise
+
+    def report(self, loss: Tensor, norm: Tensor, lr: float) -> None:
+        run, c = self.run, self.run.config
+        loss, norm, running = torch.stack([self.workers.total(loss.clone()) / self.workers.size, norm.to(loss),
+                                           run.running]).tolist()
+        self.check(running, norm)
+        self.lap("work")
+        steps, seconds = run.step - self.logged[0], run.seconds["work"] - self.logged[1]
+        self.logged = (run.step, run.seconds["work"])
+        speed = steps * c.batch_size * c.block_size / seconds
+        run.writer.write("step", step=run.step, loss=loss, lr=lr, grad_norm=norm, tokens_per_s=round(speed, 1))
+        ranks = run.adapter.ranks.values()
+        shown = {"loss": f"{loss:.3f}"} | ({"val": f"{run.val_loss:.3f}"} if run.val_loss is not None else {})
+        shown |= {"rank": f"{min(ranks)}-{max(ranks)}"} if ranks else {}
+        self.bar.set_postfix(shown | {"tok/s": f"{speed:,.0f}"}, refresh=False)
+
+    def check(self, *numbers: float) -> None:
+        if not all(map(math.isfinite, numbers)):
+            run = self.run
+            raise FloatingPointError(f"the loss or its gradient is not finite any more by step {run.step} "
+                                     f"({run.recipe.name}, lr {run.config.lr:g}). Lower --lr, add --warmup-steps, "
+                                     "or set --grad-clip 1.")
+
+    def mean(self, x: Tensor) -> float:
+        """A scalar's mean over the processes."""
+        return self.workers.total(x.clone()).item() / self.workers.size
+
+    def nats(self, tokens: Tensor) -> float:
+        """`evaluate`, with the work shared among the processes."""
+        run, c = self.run, self.run.config
+        total, n = _nats(run.model, tokens, c.block_size, c.batch_size, run.device, run.dtype, self.workers.rank,
+                         self.workers.size)
+        return self.workers.total(total.clone()).item() / n
+
+    def validate(self) -> float:
+        self.lap("work")
+        limit = self.run.config.eval_tokens
+        loss = self.nats(self.valid if limit is None else self.valid[:limit + 1])
+        self.lap("evaluation")
+        return loss
+
+    def epoch(self, train_loss: float, val_loss: float) -> None:
+        run = self.run
+        self.check(train_loss, val_loss)
+        run.epoch, run.val_loss, run.running = run.epoch + 1, val_loss, torch.zeros_like(run.running)
+        ranks = list(run.adapter.ranks.values())
+        run.writer.write(
+            "epoch", epoch=run.epoch, step=run.step, train_loss=train_loss, val_loss=val_loss,
+            rank_min=min(ranks, default=None), rank_max=max(ranks, default=None),
+            rank_avg=sum(ranks) / len(ranks) if ranks else None, ranks=ranks,
+            params_millions=count_parameters(run.model)["total"] / 1e6,
+            time_sec=round(run.seconds["work"] - run.spent, 3))
+        run.spent = run.seconds["work"]
+        self.save()
+
+    def save(self) -> None:
+        if self.workers.size > 1:
+            self.run.running = self.workers.total(self.run.running.clone()) / self.workers.size
+        if self.workers.rank == 0:
+            self.run.save()
+        self.lap("other")
+
+    def final(self) -> tuple[float, float | None]:
+        """Whole-split losses: (validation, test or None)."""
+        run, limit = self.run, self.run.config.eval_tokens
+        self.lap("other")
+        val = run.val_loss if limit is None or limit >= len(self.valid) - 1 else self.nats(self.valid)
+        test = self.nats(self.test) if run.config.test and len(self.test) > 1 else None
+        self.lap("evaluation")
+        return val, test
+
+    def end(self, val: float, test: float | None) -> None:
+        run, c = self.run, self.run.config
+        self.check(val, test or 0.0)
+        work, adaptation = run.seconds["work"], run.adapter.seconds
+        def three(split, loss):
+            if loss is None:
+                return {f"{split}_loss": None, f"{split}_ppl": None, f"{split}_bpb": None}
+            return {f"{split}_loss": loss, f"{split}_ppl": math.exp(loss) if loss < 700 else None,
+                    f"{split}_bpb": run.corpus.bits_per_byte(loss, {"val": "valid"}.get(split, split))}
+        run.writer.end(
+            step=run.step, train_loss=next(x["train_loss"] for x in reversed(run.log) if x["kind"] == "epoch"),
+            **three("val", val), **three("test", test), params=count_parameters(run.model), ranks=run.adapter.ranks,
+            shapes={name: [x.out_features, x.in_features] for name, x in run.adapter.layers.items()},
+            seconds={"training": round(work - adaptation, 3), "evaluation": round(run.seconds["evaluation"], 3),
+                     "adaptation": round(adaptation, 3)},
+            tokens_per_s=round(c.steps * c.batch_size * c.block_size / work, 1),
+            peak_memory_mb=peak_memory_mb(run.device), resumed=run.resumed)
+        self.save()

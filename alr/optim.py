@@ -1,0 +1,210 @@
+"""An optimizer for factorised models: a step bounds the change of the product W = U V, not of its factors.
+
+    optimizer = PairOptimizer(model)                    # factors by pairs, all else by AdamW: one optimizer
+    loss.backward(); optimizer.step(); optimizer.zero_grad()
+
+Dims: m out_features, n in_features, r rank.  U (m, r), V (r, n).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.adamw import adamw
+
+from .linear import low_rank_layers, refuse_wrapped, unwrapped
+from .rules import SCALES, Pair, Rule, Settings, Spectron, exact
+
+DECAYS = ("factors", "product")
+
+
+class PairOptimizer(Optimizer):
+    """Steps every pair of factors by `rule`, and every other parameter by AdamW.  One optimizer, two kinds of param groups.
+
+    params: a model (the pairs of its LowRankLinear layers, and the rest); or an iterable of pairs (U, V); or param groups:
+    {"pairs": [(U, V), ...], "lr": ...} and {"params": [...], "lr": ...}, the latter for AdamW.  Schedulers, GradScaler,
+    transformers' Trainer, Lightning and accelerate take it as any other optimizer.
+
+    lr: the spectral norm of a step of W (0.03: ours, between 0.015 and 0.06, which single runs on words and on characters
+    chose).  adjust_lr_fn: by what lr is multiplied for a layer of a certain shape, under the names and with the default of
+    torch.optim.Muon: "original", sqrt(max(1, m / n)); "match_rms_adamw"; or "none".
+    momentum 0.95, nesterov, ns_steps 5: Muon's.
+    weight_decay: decoupled; decay says of what: "factors", both by half, so that W shrinks by lr * weight_decay, or
+    "product", the gradient step of the Frobenius norm of W.
+    rest_lr, rest_betas, rest_eps, rest_weight_decay: AdamW's, for all else (0.01: embeddings and a head bear, and want, more
+    than AdamW's usual rate for matrices; ours, from single runs, flat between 0.006 and 0.024 there; chapter 16).
+
+    State is made at once; `state.Transport` carries it through a change of rank.
+    ValueError: no pairs; what is no pair of fitting factors; a pair of which one factor is frozen; a setting out of range.
+
+        >>> from alr import factorize_
+        >>> model = factorize_(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)), rank=2)
+        >>> optimizer = PairOptimizer(model, lr=0.02)
+        >>> [len(group["params"]) for group in optimizer.param_groups]
+        [4, 2]
+    """
+
+    transportable = True
+
+    def __init__(self, params: nn.Module | Iterable, lr: float = 0.03, momentum: float = 0.95, nesterov: bool = True,
+                 weight_decay: float = 0.0, decay: str = "factors", ns_steps: int = 5, adjust_lr_fn: str | None = "original",
+                 rule: Rule = Spectron(), rest_lr: float = 0.01, rest_betas: tuple[float, float] = (0.9, 0.999),
+                 rest_eps: float = 1e-8, rest_weight_decay: float = 0.01):
+        if not isinstance(rule, Rule):
+            raise ValueError(f"PairOptimizer: rule is {rule!r}; wanted a value such as Spectron().")
+        self.rule = rule
+        self.pair_defaults = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay,
+                              "decay": decay, "ns_steps": ns_steps, "adjust_lr_fn": adjust_lr_fn or "none"}
+        self.rest_defaults = {"lr": rest_lr, "betas": rest_betas, "eps": rest_eps, "weight_decay": rest_weight_decay}
+        if isinstance(params, nn.Module):
+            refuse_wrapped(params, "PairOptimizer")
+            model = unwrapped(params)
+            params = [{"pairs": pairs(model)}]
+            mine = {id(p) for pair in params[0]["pairs"] for p in pair}
+            rest = [p for p in model.parameters() if id(p) not in mine]
+            params += [{"params": rest}] if rest else []
+        else:
+            params = list(params)
+            if params and not isinstance(params[0], dict):
+                params = [{"pairs": params}]
+        if not any(group.get("pairs") for group in params):
+            raise ValueError("PairOptimizer: no pairs; call alr.factorize_(model, rank=...) before it is made.")
+        super().__init__(params, {})
+
+    # ---------------------------------------------------------------- groups
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of pairs, {"pairs": [(U, V), ...], ...}, or of other parameters, {"params": [...], ...}.
+
+        ValueError as the constructor; nothing is added then.
+        """
+        group = dict(param_group)
+        both = "pairs" in group
+        if both:
+            listed = [tuple(pair) for pair in group.pop("pairs")]
+            check_pairs(listed)
+            group["params"] = [p for pair in listed for p in pair]
+        defaults = self.pair_defaults if both else self.rest_defaults
+        unknown = set(group) - set(defaults) - {"params", "initial_lr"}
+        if unknown:
+            raise ValueError(f"PairOptimizer: {sorted(unknown)[0]!r} is no setting of a group of "
+                             f"{'pairs' if both else 'other parameters'}; there are {', '.join(defaults)}.")
+        group = {**defaults, **group, "kind": "pairs" if both else "rest"}
+        check_settings(group)
+        super().add_param_group(group)
+        group = self.param_groups[-1]
+        if not both:
+            return
+        flat = group["params"]
+        for U, V in zip(flat[::2], flat[1::2]):
+            if not U.is_meta:
+                self._start(U, V)
+
+    @torch.no_grad()
+    def _start(self, U: nn.Parameter, V: nn.Parameter) -> None:
+        with exact(U.device):
+            self.state[U], self.state[V] = self.rule.state(U, V)
+
+    def fresh_state(self, group: dict, p: nn.Parameter) -> dict:
+        """What a new factor begins with when its state is reset: made with the next step."""
+        return {}
+
+    # ---------------------------------------------------------------- steps
+
+    @torch.no_grad()
+    def step(self, closure: Callable | None = None):
+        """One step.  A pair without gradients is left as it is; ValueError for one with a single gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            if group["kind"] == "pairs":
+                self._step_pairs(group)
+            else:
+                self._step_rest(group)
+        return loss
+
+    def _step_pairs(self, group: dict) -> None:
+        flat, live = group["params"], []
+        for U, V in zip(flat[::2], flat[1::2]):
+            if U.grad is None and V.grad is None:
+                continue
+            if U.grad is None or V.grad is None:
+                raise ValueError(f"PairOptimizer: of the pair {tuple(U.shape)}, {tuple(V.shape)} only "
+                                 f"{'U' if V.grad is None else 'V'} has a gradient. Freeze both factors or neither; with one "
+                                 "of them fixed, train the other by AdamW.")
+            if U not in self.state or V not in self.state:
+                self._start(U, V)
+            live.append(Pair(U, V, U.grad, V.grad, self.state[U], self.state[V]))
+        settings = Settings(*(group[name] for name in Settings._fields))
+        for device in {pair.U.device for pair in live}:
+            with exact(device):
+                self.rule.step([pair for pair in live if pair.U.device == device], settings)
+
+    def _step_rest(self, group: dict) -> None:
+        params = [p for p in group["params"] if p.grad is not None]
+        if not params:
+            return
+        for p in params:
+            state = self.state[p]
+            if not state:
+                fused = p.device.type in ("cuda", "cpu") and p.is_floating_point()
+                state["step"] = torch.zeros((), dtype=torch.float32, device=p.device if fused else "cpu")
+                state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+                state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+        states = [self.state[p] for p in params]
+        kinds = {(p.device.type, p.is_floating_point()) for p in params}
+        adamw(params, [p.grad for p in params], [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states], [],
+              [s["step"] for s in states], fused=kinds <= {("cuda", True), ("cpu", True)}, amsgrad=False,
+              beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"], weight_decay=group["weight_decay"],
+              eps=group["eps"], maximize=False)
+
+
+def check_pairs(listed: list[tuple]) -> None:
+    """ValueError unless each is (U, V), the factors of one matrix, used once, both of them trained or neither."""
+    seen: set[int] = set()
+    for i, pair in enumerate(listed):
+        shapes = ", ".join(str(tuple(p.shape)) if isinstance(p, Tensor) else type(p).__name__ for p in pair)
+        if len(pair) != 2 or not all(isinstance(p, Tensor) and p.dim() == 2 for p in pair) or pair[0].shape[1] != pair[1].shape[0]:
+            raise ValueError(f"PairOptimizer: pair {i} is {shapes}, which are no factors of one matrix; wanted (m, r) and (r, n).")
+        U, V = pair
+        if U.shape[1] > min(U.shape[0], V.shape[1]):
+            raise ValueError(f"PairOptimizer: pair {i} is {shapes}, of a rank above both sides; is it (V, U)? Wanted (U, V).")
+        if U.requires_grad != V.requires_grad:
+            raise ValueError(f"PairOptimizer: of pair {i} ({shapes}) only {'U' if U.requires_grad else 'V'} is trained. Freeze "
+                             "both factors or neither; with one of them fixed, train the other by AdamW.")
+        if {id(U), id(V)} & seen:
+            raise ValueError(f"PairOptimizer: pair {i} ({shapes}) is given twice.")
+        seen |= {id(U), id(V)}
+
+
+def check_settings(group: dict) -> None:
+    """ValueError for a number that no step can be made with."""
+    def number(x, low, high=math.inf, above=False):
+        x = x.item() if isinstance(x, Tensor) else x
+        return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x) and \
+            (low < x if above else low <= x) and x <= high
+    wanted = {"lr": (number(group["lr"], 0), "0 or more"), "weight_decay": (number(group["weight_decay"], 0), "0 or more")}
+    if group["kind"] == "pairs":
+        wanted |= {"momentum": (number(group["momentum"], 0) and group["momentum"] < 1, "0 or more and below 1"),
+                   "nesterov": (isinstance(group["nesterov"], bool), "True or False"),
+                   "ns_steps": (isinstance(group["ns_steps"], int) and group["ns_steps"] >= 1, "a whole number of at least 1"),
+                   "decay": (group["decay"] in DECAYS, f"one of {', '.join(DECAYS)}"),
+                   "adjust_lr_fn": (group["adjust_lr_fn"] in SCALES, f"one of {', '.join(SCALES)}")}
+    else:
+        betas = group["betas"]
+        wanted |= {"betas": (len(betas) == 2 and all(number(b, 0) and b < 1 for b in betas), "two numbers in [0, 1)"),
+                   "eps": (number(group["eps"], 0), "0 or more")}
+    for name, (right, words) in wanted.items():
+        if not right:
+            raise ValueError(f"PairOptimizer: {name} is {group[name]!r}; wanted {words}.")
+
+
+def pairs(model: nn.Module) -> list[tuple[nn.Parameter, nn.Parameter]]:
+    """(U, V) of every LowRankLinear of the model that is trained, in module order."""
+    return [(layer.U, layer.V) for layer in low_rank_layers(model).values() if layer.U.requires_grad or layer.V.requires_grad]

@@ -1,0 +1,29 @@
+"""Our own recipes, and the baselines."""
+
+from __future__ import annotations
+
+from ..adapt import Recipe
+from ..budget import Budget
+from ..control import Bidirectional
+from ..estimate import StableRank
+from ..fisher import FisherCut, FisherSpectrum
+from ..init import Spectral
+from ..resize import SvdCore
+from ..state import Transport
+
+dense = Recipe("dense", rank=None,
+               about="plain layers, nothing adapted")
+uniform = Recipe("uniform", rank=32, init=Spectral(), cap="min",
+                 about="every layer at one rank, held")
+
+# v10 with every flaw below undone, and nothing new
+repaired = Recipe("repaired", rank=64, init=Spectral(), estimate=StableRank(), control=Bidirectional(),
+                  resize=SvdCore(), state=Transport(), every=200, epoch=200, cap="break-even",
+                  about="v10 repaired: exact estimate, QR-core resize, moments carried over, no rank above break-even")
+
+# ours: start wide, shrink to a sixth of the dense size over four fifths of training, worth and cut in the metric of the
+# loss; made for optimizer="pairs".  Before: estimate=Spectrum(), control=Budget(), resize=SvdCore()
+alr = Recipe("alr", rank=64, init=Spectral(), estimate=FisherSpectrum(),
+             control=Budget(share=1 / 6, end=0.8, per_parameter=True), resize=FisherCut(), state=Transport(),
+             every=50, epoch=200, cap="break-even",
+             about="starts wide and shrinks to a budget that all layers share by what the loss would lose")

@@ -1,0 +1,135 @@
+"""How much rank does a trained model need, and what would less cost?  Ranks for all layers from a few batches of its loss.
+
+    found = alr.suggest_ranks(model, batches, share=0.5)
+    alr.factorize_(model, found.ranks, init=found.init)             # half the numbers in the linear layers
+
+Dims: m out_features, n in_features, q = min(m, n), r rank.  W (m, n) -> U (m, r), V (r, n).
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any, Callable, Iterable, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .axes import Init
+from .budget import allocate, size
+from .factor import break_even, check_rank
+from .fisher import cut_along
+from .linear import Where, dense_layers, dense_weight, factorize_, low_rank_layers, picks, refuse_wrapped, unwrapped
+from .observe import Observer, Seen
+
+
+@dataclass(frozen=True)
+class FisherStart(Init):
+    """The cut of a trained weight in the metric of the loss, as `suggest_ranks` has seen it; for the layer of one name."""
+
+    seen: dict = field(repr=False)          # layer name -> (U, V, Seen) at full rank
+    name: str | None = None
+
+    def for_layer(self, name: str) -> "FisherStart":
+        return FisherStart(self.seen, name)
+
+    def __call__(self, weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+        if self.name not in self.seen:
+            raise ValueError(f"suggest_ranks has not seen this layer; it saw {', '.join(self.seen)}.")
+        U, V, seen = self.seen[self.name]                           # (m, q), (q, n)
+        U2, V2, _ = cut_along(U, V, rank, seen.A, seen.B)           # (m, r), (r, n)
+        return U2.to(weight), V2.to(weight)
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """What `suggest_ranks` found.
+
+    ranks: {layer name: rank}, for `factorize_`.  init: its `init`, which cuts each layer where the loss feels it least.
+    rise: the predicted rise of the loss, in its own unit: the sum of what the loss feels of the directions that are left
+    out.  A second-order figure for small cuts; large ones raise the loss by more.
+    parameters: (in all linear layers then, and now).  left_dense: layers that stay as they are, since
+    their rank would cost as much as W.
+    """
+
+    ranks: dict[str, int]
+    init: FisherStart = field(repr=False)
+    rise: float = 0.0
+    parameters: tuple[int, int] = (0, 0)
+    left_dense: tuple[str, ...] = ()
+
+
+def cross_entropy(model: nn.Module, batch: Any) -> Tensor:
+    """The loss of a batch: (inputs, targets) by cross entropy over the last dim; a dict by the model's own .loss."""
+    if isinstance(batch, dict):
+        return model(**batch).loss
+    x, y = batch
+    logits = model(x)                                               # (..., C)
+    return F.cross_entropy(logits.flatten(0, -2) if logits.dim() > 2 else logits, y.flatten())
+
+
+def suggest_ranks(model: nn.Module, batches: Iterable[Any], share: float, loss: Callable[[nn.Module, Any], Tensor] = cross_entropy,
+                  where: Where = None, min_rank: int = 1, multiple: int = 1, per: Literal["auto", "row", "example"] = "auto"
+                  ) -> Suggestion:
+    """Ranks that keep what the loss of these batches feels most, for `share` of the linear layers' numbers in all.
+
+    The layers are put into factors of full rank in a copy of the model, so that nothing is lost; one half of the batches
+    finds each layer's directions, the other half measures how much the loss feels each of them (`observe`); one budget
+    is shared among all layers by importance per parameter.  The model itself is not changed.
+
+    batches: at least two, each (inputs, targets), a dict for model(**batch), or whatever `loss(model, batch)` takes; a mean
+    over its terms.  where: which layers, as in `factorize_`.  min_rank, multiple: as in `Budget`.  per: see `Observer`.
+    Cost: a copy of the model, one forward and backward per batch, and the SVD of every weight.
+
+    ValueError: fewer than two batches; a share that is no share; no linear layer; a loss that is not finite.
+
+        >>> _ = torch.manual_seed(0)
+        >>> model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
+        >>> batches = [(torch.randn(32, 16), torch.randint(4, (32,))) for _ in range(4)]
+        >>> found = suggest_ranks(model, batches, share=0.5)
+        >>> model = factorize_(model, found.ranks, init=found.init)
+    """
+    inner = unwrapped(model)
+    refuse_wrapped(inner, "suggest_ranks")
+    batches = list(batches)
+    if len(batches) < 2:
+        raise ValueError(f"suggest_ranks: {len(batches)} batches; wanted at least 2, one to find directions and one to measure "
+                         "what the loss feels of them.")
+    if isinstance(share, bool) or not isinstance(share, float) or not 0 < share <= 1:
+        raise ValueError(f"suggest_ranks: share is {share!r}; wanted a float above 0 and at most 1, such as 0.5.")
+    names = [name for name in dense_layers(inner) if picks(where, name)]
+    whole = copy.deepcopy(inner)
+    factorize_(whole, {name: min(dense_weight(mod).shape) for name, mod in dense_layers(whole).items() if name in names}
+               if names else 1.0, where)                            # without names: factorize_'s own refusal
+    for p in whole.parameters():
+        p.requires_grad_(True)
+        p.grad = None
+    layers = {name: layer for name, layer in low_rank_layers(whole).items() if name in names}
+    observer = Observer(layers, ("importance",), len(batches), per)
+    for batch in batches:
+        value = loss(whole, batch)
+        if not torch.isfinite(value):
+            raise ValueError(f"suggest_ranks: the loss of a batch is {value.item()}.")
+        value.backward()
+        for p in whole.parameters():
+            p.grad = None
+        observer.commit()
+    seen = observer.close()
+    return _shared(layers, seen, share, min_rank, multiple)
+
+
+def _shared(layers, seen: dict[str, Seen], share: float, min_rank: int, multiple: int) -> Suggestion:
+    shapes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
+    dense = sum(m * n for m, n in shapes.values())
+    ranks = dict(zip(layers, allocate([seen[name].importance.tolist() for name in layers], list(shapes.values()), share * dense,
+                                      min_rank, [break_even(*shapes[name]) for name in layers], multiple)))
+    if size(list(ranks.values()), list(shapes.values())) > share * dense:
+        raise ValueError(f"suggest_ranks: min_rank={min_rank} in every layer takes more than share={share:g} of their numbers; "
+                         "take a smaller min_rank or a larger share.")
+    left = tuple(name for name in layers if ranks[name] >= break_even(*shapes[name]))
+    ranks = {name: r for name, r in ranks.items() if name not in left}
+    kept = {name: (layers[name].U.detach(), layers[name].V.detach(), seen[name]) for name in layers}
+    rise = sum(seen[name].importance[r:].sum().item() for name, r in ranks.items())
+    factors = size(list(ranks.values()), [shapes[name] for name in ranks]) + sum(m * n for m, n in map(shapes.get, left))
+    return Suggestion(ranks, FisherStart(kept), rise, (factors, dense), left)

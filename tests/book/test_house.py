@@ -1,0 +1,330 @@
+"""The frame of the project: pins that agree, notebooks as a reader expects them, tools of the book that work."""
+
+import importlib.util
+import io
+import json
+import re
+import sys
+import tomllib
+from importlib import metadata
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+ROOT = Path(__file__).resolve().parents[2]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+HOMES = r"/(?:home|Users|root|tmp|mnt|workspace|var/folders|private)/|[A-Z]:\\Users\\"
+MACHINE = re.compile(rf"(?<![\w.:/-])(?:{HOMES})[^\s\"'<>)]*|{re.escape(str(ROOT))}|[^\s\"']*/site-packages/")
+ADDRESS = re.compile(r" at 0x[0-9a-f]{6,}")
+
+
+sys.path.insert(0, str(ROOT / "book"))
+
+
+def load(path: str):
+    """A module of book/, which is no package."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def build():
+    return load("book/build.py")
+
+
+@pytest.fixture(scope="module")
+def offline():
+    return load("book/offline.py")
+
+
+@pytest.fixture(scope="module")
+def notebooks():
+    return load("book/notebooks.py")
+
+
+@pytest.fixture(scope="module")
+def val():
+    return load("book/_ext/val.py")
+
+
+# ---------------------------------------------------------------- pins
+
+def pins() -> dict[str, Version]:
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf8").splitlines()
+    found = [re.fullmatch(r"([\w.-]+)==([\w.+!]+)", line) for line in lines if line and not line.startswith("#")]
+    assert all(found), "constraints.txt holds nothing but comments and name==version"
+    return {canonicalize_name(match[1]): Version(match[2]) for match in found}
+
+
+def project() -> dict:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf8"))["project"]
+
+
+def direct() -> list[Requirement]:
+    extras = project()["optional-dependencies"].values()
+    return [Requirement(line) for lines in [project()["dependencies"], *extras] for line in lines]
+
+
+def test_every_direct_dependency_has_a_pin_within_its_range():
+    assert len(direct()) > 15
+    for requirement in direct():
+        pin = pins().get(canonicalize_name(requirement.name))
+        assert pin is not None, f"{requirement.name} stands in pyproject.toml and has no pin in constraints.txt"
+        assert pin in requirement.specifier, f"{requirement.name}=={pin} is outside of {requirement.specifier}"
+
+
+def test_torch_is_the_platforms_own_build():
+    assert str(pins()["torch"]) == "2.13.0", "a pin like 2.13.0+cpu cannot be installed from PyPI"
+
+
+def test_no_pin_is_for_one_platform():
+    assert not [name for name in pins() if name.startswith(("nvidia-", "cuda-", "triton"))]
+
+
+def test_every_pin_is_what_is_installed():
+    # JupyterLab's own packages are there after `make lab` only.
+    there = {canonicalize_name(d.metadata["Name"]): Version(d.version) for d in metadata.distributions()}
+    wrong = {name: (str(pin), str(there[name])) for name, pin in pins().items()
+             if name in there and name not in ("setuptools", "wheel") and there[name].public != pin.public}
+    assert not wrong, f"pinned, installed: {wrong}; `make env` installs the pins"
+    for requirement in direct():
+        if requirement.name != "jupyterlab":
+            assert canonicalize_name(requirement.name) in there
+
+
+def test_what_is_installed_needs_nothing_unpinned():
+    """The closure of the direct dependencies, as installed here, is pinned but for what torch brings for a GPU."""
+    todo, seen = [canonicalize_name(r.name) for r in direct() if r.name != "jupyterlab"], set()
+    while todo:
+        name = todo.pop()
+        if name in seen or name.startswith(("nvidia-", "cuda-", "triton")):
+            continue
+        seen.add(name)
+        needs = [Requirement(line) for line in metadata.requires(name) or []]
+        todo += [canonicalize_name(r.name) for r in needs if r.marker is None or r.marker.evaluate({"extra": ""})]
+    assert len(seen) > 80
+    assert seen <= pins().keys(), f"not in constraints.txt: {sorted(seen - pins().keys())}"
+
+
+def test_environment_yml_installs_the_same_pins():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf8"))
+    conda = [entry for entry in environment["dependencies"] if isinstance(entry, str)]
+    pip = [line for entry in environment["dependencies"] if isinstance(entry, dict) for line in entry["pip"]]
+    assert pip == ["-c constraints.txt", "-e .[book,test]"]
+    python = next(entry.split("=")[-1] for entry in conda if entry.startswith("python"))
+    assert Requirement(f"python{project()['requires-python']}").specifier.contains(python)
+    assert not pins().keys() & set(conda), "a package comes from conda or from the pins, not from both"
+
+
+# ---------------------------------------------------------------- notebooks
+
+def problems(nb) -> list[str]:
+    """What is wrong with a committed notebook."""
+    found = []
+    code = [cell for cell in nb.cells if cell.cell_type == "code" and cell.source.strip()]
+    parameters = [cell for cell in code if "parameters" in cell.metadata.get("tags", [])]
+    if len(parameters) != 1:
+        found.append(f"{len(parameters)} cells are tagged `parameters`; one is wanted")
+    else:
+        missing = {"profile", "corpus", "seed"} - set(re.findall(r"^(\w+)\s*=", parameters[0].source, re.MULTILINE))
+        found += [f"the parameters cell does not set {name}" for name in sorted(missing)]
+    if not (nb.cells and nb.cells[0].cell_type == "markdown" and nb.cells[0].source.startswith("# ")):
+        found.append("the first cell is not a title")
+    counts = [cell.execution_count for cell in code]
+    if counts != list(range(1, len(code) + 1)):
+        found.append(f"cells were not run once each, from top to bottom: {counts}; `make refresh` runs them")
+    for i, cell in enumerate(nb.cells):
+        texts = [cell.source]
+        for output in cell.get("outputs", []):
+            if output.output_type == "error":
+                found.append(f"cell {i} ends in {output.ename}: {output.evalue}")
+            data = output.get("data", {})
+            printed = [output.get("text", ""), data.get("text/plain", ""), data.get("text/html", "")]
+            texts += printed
+            found += [f"cell {i} prints an object's address{hit[0]}" for t in printed for hit in ADDRESS.finditer(t)]
+        found += [f"cell {i} names a path of one machine: {hit[0]}" for t in texts for hit in MACHINE.finditer(t)]
+    notes = [key for cell in nb.cells for key in ("papermill", "execution") if key in cell.metadata]
+    if notes or "papermill" in nb.metadata:
+        found.append("the metadata hold times or paths of one run; `make refresh` takes them out")
+    return found
+
+
+def good() -> nbformat.NotebookNode:
+    parameters = new_code_cell('profile = "quick"\ncorpus = "pydoc"\nseed = 0', execution_count=1)
+    parameters.metadata["tags"] = ["parameters"]
+    printed = new_code_cell("print(seed)", execution_count=2, outputs=[new_output("stream", text="0\n")])
+    return new_notebook(cells=[new_markdown_cell("# A title"), parameters, printed])
+
+
+def test_a_good_notebook_has_no_problems():
+    assert problems(good()) == []
+
+
+def prints(nb, text):
+    nb.cells[2].outputs.append(new_output("execute_result", {"text/plain": text}))
+
+
+@pytest.mark.parametrize("spoil, word", [
+    (lambda nb: nb.cells[1].metadata.pop("tags"), "parameters"),
+    (lambda nb: nb.cells[1].update(source='profile = "quick"\nseed = 0'), "corpus"),
+    (lambda nb: nb.cells.pop(0), "title"),
+    (lambda nb: nb.cells[2].update(execution_count=None), "not run"),
+    (lambda nb: nb.cells[2].update(execution_count=7), "not run"),
+    (lambda nb: nb.cells[2].outputs.append(new_output("error", ename="KeyError", evalue="")), "KeyError"),
+    (lambda nb: nb.cells[2].outputs.append(new_output("stream", text="saved to /home/ann/a.jsonl\n")), "/home/ann"),
+    (lambda nb: prints(nb, "venv/lib/python3.11/site-packages/tqdm/auto.py:21: TqdmWarning"), "site-packages"),
+    (lambda nb: nb.cells[2].update(source='open("/tmp/x")'), "/tmp/x"),
+    (lambda nb: prints(nb, "<Line2D at 0x7f3a12345678>"), "address"),
+    (lambda nb: nb.metadata.update(papermill={"duration": 3}), "metadata"),
+])
+def test_a_spoilt_notebook_is_noticed(spoil, word):
+    nb = good()
+    spoil(nb)
+    assert any(word in problem for problem in problems(nb)), problems(nb)
+
+
+def test_the_first_chapters_are_there():
+    assert {"00_tour", "10_v10"} <= {path.stem for path in NOTEBOOKS}
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook(path):
+    nb = nbformat.read(path, as_version=4)
+    nbformat.validate(nb)
+    assert problems(nb) == []
+
+
+def test_cleaning_is_complete_and_changes_nothing_twice(notebooks):
+    nb = good()
+    nb.metadata.update(papermill={"duration": 1.5}, language_info={"name": "python", "version": "3.11.7"})
+    nb.cells[2].metadata.update(papermill={"start_time": "now"}, execution={"iopub.status.busy": "now"}, tags=[])
+    nb.cells[2].outputs = [new_output("stream", text="a\n"), new_output("stream", text="b\n"),
+                           new_output("stream", name="stderr", text="c\n"), new_output("stream", text="d\n")]
+    once = notebooks.clean(nb).copy()
+    assert [output.text for output in once.cells[2].outputs] == ["a\nb\n", "c\n", "d\n"]
+    assert once.cells[2].metadata == {} and once.cells[1].metadata == {"tags": ["parameters"]}
+    assert problems(once) == []
+    assert nbformat.writes(notebooks.clean(once)) == nbformat.writes(once)
+
+
+# ---------------------------------------------------------------- the book
+
+def toc() -> dict:
+    return yaml.safe_load((ROOT / "book" / "_toc.yml").read_text(encoding="utf8"))
+
+
+def test_every_page_is_in_the_table_of_contents(build):
+    there = [path.stem for path in (ROOT / "book").glob("*.md")] + [f"notebooks/{path.stem}" for path in NOTEBOOKS]
+    planned = build.pages(toc())
+    assert "intro" in there and "references" in there
+    assert not set(there) - set(planned), "pages that no reader would find; add them to book/_toc.yml"
+    assert len(planned) == len(set(planned))
+
+
+def test_the_table_of_contents_loses_what_is_not_there(build):
+    kept = build.present(toc(), lambda page: page in ("intro", "evolution", "notebooks/10_v10", "notebooks/16_alr"))
+    assert build.pages(kept) == ["intro", "evolution", "notebooks/10_v10"]       # 16_alr is below a page that is gone
+    assert build.present(toc(), lambda page: True) == toc()
+    assert build.childless(kept) == ["notebooks/10_v10"]
+
+
+def test_links_to_chapters_that_are_not_there_become_words(build):
+    absent = {"notebooks/16_alr", "claims"}
+    text = "See [the method](16_alr.ipynb#top), [claims](../claims.md), {doc}`the method <16_alr>` and {doc}`16_alr`."
+    assert build.unlink(text, "notebooks/10_v10", absent) == "See the method, claims, the method and 16_alr."
+    kept = "[v9](09_v9.ipynb), [a](https://example.org/16_alr), {doc}`09_v9`, ![figure](16_alr.png), [x](16_arl.ipynb)"
+    assert build.unlink(kept, "notebooks/10_v10", absent) == kept
+
+
+@pytest.mark.parametrize("line", [
+    '<script src="https://cdn.example.org/a.js"></script>',
+    '<script src="//cdn.example.org/a.js"></script>',
+    '<script>import("https://cdn.example.org/a.mjs")</script>',
+    '<script>const URL = "https://cdn.example.org/lib/index.js"</script>',
+    '<link rel="preload stylesheet" href="HTTPS://cdn.example.org/a.css">',
+    '<img src="http://example.org/a.png" alt="">',
+    '<img srcset="a.png 1x, https://example.org/a.png 2x" alt="">',
+    '<iframe src="https://example.org/"></iframe>',
+    '<style>@import "https://example.org/a.css";</style>',
+    '<p style="background: url(https://example.org/a.png)">x</p>',
+])
+def test_a_page_that_needs_a_network_is_noticed(offline, line):
+    assert offline.fetched_from_afar(f"<html><body>{line}</body></html>")
+
+
+@pytest.mark.parametrize("line", [
+    '<a href="https://example.org/">a link that a reader may click</a>',
+    '<link rel="canonical" href="https://example.org/book/">',
+    '<script src="_static/a.js?v=1"></script><script>const note = "see https://example.org/";</script>',
+    '<img src="data:image/png;base64,AAAA" alt="">',
+    '<pre>&lt;script src="https://cdn.example.org/a.js"&gt;</pre>',
+])
+def test_a_page_with_links_only_is_complete(offline, line):
+    assert offline.fetched_from_afar(f"<html><body>{line}</body></html>") == []
+
+
+def test_a_local_file_that_is_not_there_is_noticed(offline, tmp_path):
+    (tmp_path / "a.js").touch()
+    page = '<script src="a.js?v=1"></script><img src="b.png#x" alt="">'
+    assert offline.missing(page, tmp_path) == ["b.png#x"]
+
+
+def test_the_scripts_that_name_a_server_are_taken_out(build):
+    keep = '<script>let hint = 1;</script><script src="_static/a.js"></script>'
+    thebe = '\n<script>const THEBE_JS_URL = "https://unpkg.com/thebe@0.8.2/lib/index.js"</script>'
+    thebe += '\n<script async="async" src="_static/sphinx-thebe.js?v=1"></script>'
+    assert build.without_thebe(keep + thebe) == keep
+
+
+CLAIM = {"text": "It helps.", "value": -0.0651, "low": -0.0893, "high": -0.041, "unit": "nats", "n": 3,
+         "seeds": [0, 1, 2], "verdict": "supported", "source": "data/runs/x", "chapter": "16_alr", "format": ".3f"}
+
+
+def test_val_prints_value_interval_and_unit(val):
+    assert val.phrase(CLAIM, unit=True) == "−0.065 [−0.089, −0.041] nats"
+    assert val.phrase(CLAIM | {"format": ".1f", "unit": ""}, unit=True) == "−0.1 [−0.1, −0.0]"
+    assert val.phrase(CLAIM | {"low": None, "high": None}, unit=True) == "−0.065 nats"
+    assert val.phrase(CLAIM | {"value": None, "verdict": "not recorded"}) == "not recorded"
+    for word in ("It helps", "supported", "3 runs", "0, 1, 2", "data/runs/x"):
+        assert word in val.tooltip(CLAIM)
+
+
+def sphinx(folder: Path, text: str):
+    """Build one page with the role -> (its HTML, the warnings)."""
+    from sphinx.application import Sphinx
+    conf = f"import sys; sys.path.insert(0, {str(ROOT / 'book' / '_ext')!r})\nextensions = ['val', 'myst_parser']\n"
+    folder.joinpath("conf.py").write_text(conf + "html_theme = 'basic'\n")
+    folder.joinpath("index.md").write_text(f"# Page\n\n{text}\n")
+    warnings = io.StringIO()
+    Sphinx(folder, folder, folder / "out", folder / "doctrees", "html", status=None, warning=warnings).build()
+    return (folder / "out" / "index.html").read_text(encoding="utf8"), warnings.getvalue()
+
+
+def test_val_in_a_page(tmp_path):
+    (tmp_path / "data").mkdir()
+    register = tmp_path / "data" / "claims.json"
+    register.write_text(json.dumps({"gain": CLAIM}))
+    page, warnings = sphinx(tmp_path, "Better by {val}`gain`.")
+    assert "−0.065 [−0.089, −0.041] nats</abbr>" in page and "Verdict: supported" in page and warnings == ""
+
+    register.write_text(json.dumps({"gain": CLAIM | {"value": -0.5}}))           # the page itself is unchanged
+    page, warnings = sphinx(tmp_path, "Better by {val}`gain`.")
+    assert "−0.500" in page, "a page has to be built again when the register changes"
+
+
+@pytest.mark.parametrize("register", [None, "{}", json.dumps({"gains": CLAIM})])
+def test_val_of_a_missing_key_is_a_warning(tmp_path, register):
+    if register is not None:
+        (tmp_path / "data").mkdir()
+        (tmp_path / "data" / "claims.json").write_text(register)
+    _, warnings = sphinx(tmp_path, "Better by {val}`gain`.")
+    assert "no claim 'gain'" in warnings
+    assert ("did you mean gains" in warnings) == (register is not None and "gains" in register)

@@ -1,0 +1,186 @@
+"""Laws of `alr.plot`: every figure is readable, says its units, and shows the numbers that it was given."""
+
+import ast
+import itertools
+import random
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex, to_rgb
+from synthetic import suite
+
+from alr.evidence import plot, style
+from alr.evidence.claims import VERDICTS
+from alr.evidence.records import ROOT, runs
+from alr.evidence.stats import mean
+
+LOSSES = {"dense": [4.2, 4.25, 4.22], "alr": [4.37, 4.33, 4.39], "v10": [4.54, 4.61, 4.5], "uniform": [4.45]}
+
+
+@pytest.fixture(scope="module")
+def r(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "toy"
+    suite(folder, {k: v for k, v in LOSSES.items() if k != "dense"}, per_epoch=20, log_every=1, blocks=2)
+    suite(folder, {"dense": LOSSES["dense"]}, start=None)
+    return runs(folder)
+
+
+def claim(verdict, value=None, low=None, high=None, rule="<", threshold=0.0, unit="nats per token", **more):
+    text = "A sentence that is rather long, as the sentences of claims are, and has to be broken into lines."
+    return {"text": text, "value": value, "low": low, "high": high, "unit": unit, "n": 3, "verdict": verdict,
+            "source": "", "chapter": "14", "format": "+.3f", "seeds": [0, 1, 2], "kind": "difference of means",
+            "rule": rule, "threshold": threshold, "note": ""} | more
+
+
+CLAIMS = {"a": claim("supported", -0.08, -0.12, -0.05), "b": claim("not supported", 0.11, 0.07, 0.16),
+          "c": claim("undecided", 0.5, unit="seconds"),
+          "d": claim("not recorded", rule="within", threshold=[-0.1, 0.3]),
+          "e": claim("figure", 4.4, 4.3, 4.5, rule=None, threshold=None, kind="mean")}
+FIGURES = {
+    "losses": lambda r: plot.losses(r.curves, title="Validation loss"),
+    "losses_seconds": lambda r: plot.losses(r.curves, x="seconds"),
+    "rank_paths": lambda r: plot.rank_paths(r.of(run="v10.seed0").ranks, title="Ranks"),
+    "rank_map": lambda r: plot.rank_map(r.of(run="v10.seed0").ranks, title="Ranks"),
+    "rank_roles": lambda r: plot.rank_roles(r.ranks, title="Ranks by role"),
+    "pareto": lambda r: plot.pareto(r.ends, title="Loss against size"),
+    "pareto_flops": lambda r: plot.pareto(r.ends, "flops"),
+    "pareto_seconds": lambda r: plot.pareto(r.ends, "seconds", "val_bpb"),
+    "aligned": lambda r: plot.aligned(r.steps, r.resizes, before=5, after=15, title="Around a resize"),
+    "spectrum": lambda r: plot.spectrum({"q": np.exp(-np.arange(30.0))}, {"stable rank": 1.2, "entropy": 2.5}, "W"),
+    "forest": lambda r: plot.forest(CLAIMS, title="Claims"),
+}
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_a_figure_is_readable(r, name):
+    before, backend = dict(plt.rcParams), plt.get_backend()
+    fig = FIGURES[name](r)
+    assert {**plt.rcParams, "backend": backend} == {**before, "backend": backend}       # no trace outside ...
+    assert not plt.get_fignums()                                                        # ... nothing shown twice
+    FigureCanvasAgg(fig).draw()
+    assert fig.get_facecolor()[:3] == (1, 1, 1)
+    card, renderer = fig.bbox, fig.canvas.get_renderer()
+    for ax in fig.axes:
+        for axis in (ax.xaxis, ax.yaxis):
+            label, shown = axis.get_label_text(), axis.get_visible() and axis.get_ticklabels()
+            if shown and not (name == "forest" and axis is ax.yaxis):   # there the sentences are the labels
+                assert "(" in label and label.endswith(")"), f"{label!r} has no unit"
+            boxes = [t.get_window_extent(renderer) for t in axis.get_ticklabels()
+                     if t.get_text() and axis.get_view_interval().min() <= t.get_position()[axis is ax.yaxis]
+                     <= axis.get_view_interval().max()]
+            assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2)), "tick labels touch"
+            assert all(b.height > 7 for b in boxes)
+    texts = [t for t in fig.findobj(plt.Text) if t.get_text() and t.get_visible()]
+    assert len(texts) > 4
+    for ax in fig.axes:
+        box = ax.get_tightbbox(renderer)
+        assert box.x0 >= -1 and box.y0 >= -1 and box.x1 <= card.x1 + 1 and box.y1 <= card.y1 + 1, "something is cut"
+    for legend in fig.legends:
+        box = legend.get_window_extent(renderer)
+        assert not any(box.overlaps(ax.get_window_extent(renderer)) for ax in fig.axes), "the legend hides data"
+        assert box.x1 <= card.x1 and box.y1 <= card.y1
+
+
+def test_a_line_is_the_mean_and_a_band_its_interval(r):
+    fig = plot.losses(r.curves)
+    ax = fig.axes[0]
+    line = next(x for x in ax.get_lines() if x.get_label() == "alr (3 seeds)")
+    want = [mean(g) for _, g in r.of(arm="alr").curves.groupby("epoch")["val_loss"]]
+    np.testing.assert_allclose(line.get_ydata(), [m.value for m in want])
+    np.testing.assert_allclose(line.get_xdata(), [20, 40, 60])
+    band = next(c for c in ax.collections if to_hex(c.get_facecolor()[0]) == line.get_color().lower())
+    ys = band.get_paths()[0].vertices[:, 1]
+    assert ys.min() == pytest.approx(want[-1].low) and ys.max() == pytest.approx(want[0].high)
+    assert [x.get_label() for x in ax.get_lines() if x.get_label().startswith("uniform")] == ["uniform (1 seed)"]
+
+
+def test_a_heat_map_shows_layers_by_epochs(r):
+    run = r.of(run="v10.seed1")
+    image = plot.rank_map(run.ranks).axes[0].images[0].get_array()
+    assert image.shape == (12, 3)
+    for i, layer in enumerate(dict.fromkeys(run.ranks["layer"])):
+        np.testing.assert_array_equal(image[i], run.ranks[run.ranks["layer"] == layer]["rank"])
+
+
+def test_the_front_is_those_that_nobody_beats():
+    rng = random.Random(0)
+    for _ in range(50):
+        points = [(rng.randint(0, 9), rng.randint(0, 9)) for _ in range(12)]
+        best = {p for p in points if not any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in points)}
+        found = [points[i] for i in plot.front(points)]
+        assert set(found) == best and found == sorted(found)
+    assert plot.front([]) == []
+
+
+def test_alignment_is_at_the_resize_and_stops_at_the_next(r):
+    table = plot.align(r.steps, r.resizes, "grad_norm", before=5, after=100)
+    one = table[(table["run"] == "alr.seed0") & (table["event"] == 20)].set_index("offset")["value"]
+    assert list(one.index) == list(range(-5, 21))                       # the next resize is at step 40
+    np.testing.assert_allclose(one.loc[:0], 0, atol=1e-12)                  # calm before ...
+    np.testing.assert_allclose(one.loc[1:], [0.4 * 0.7 ** i for i in range(1, 21)], atol=1e-12)     # ... and a bump
+    assert set(table["arm"]) == {"alr", "v10", "uniform"}               # dense has none
+    with pytest.raises(ValueError, match="no resizes with step lines"):
+        plot.aligned(r.of(arm="dense").steps, r.of(arm="dense").resizes)
+
+
+def test_a_forest_says_every_verdict_and_value():
+    fig = plot.forest(CLAIMS)
+    words = [t.get_text() for ax in fig.axes for t in ax.texts]
+    for c in CLAIMS.values():
+        assert any(w.split("\n")[-1] == c["verdict"] for w in words)
+    assert "−0.080 [−0.120, −0.050]\nsupported" in words and len(fig.axes) == 3
+    colours = {t.get_text().split("\n")[-1]: t.get_color() for ax in fig.axes for t in ax.texts}
+    assert colours == {word: VERDICTS[word][0] for word in colours} and set(colours) == set(VERDICTS)
+
+
+def contrast(a, b):
+    """WCAG 2.1 contrast ratio of two colours."""
+    def luminance(c):
+        rgb = np.array(to_rgb(c))
+        return np.where(rgb <= 0.03928, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4) @ [0.2126, 0.7152, 0.0722]
+    low, high = sorted((luminance(a), luminance(b)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_words_can_be_read_and_lines_be_seen():
+    for colour, tint in VERDICTS.values():
+        assert contrast(colour, tint) >= 4.5 and contrast(colour, "white") >= 4.5
+    assert contrast(style.INK, "white") > 12
+    assert all(contrast(c, "white") > 2 for c in {*style.FIXED.values(), *style.SPARE})
+
+
+def test_looks_are_told_apart_and_stay():
+    names = ["dense", "uniform", "alr", *[f"v{i}" for i in (1, 2, 3, 4, 5, 5.1, 6, 7.1, 7.2, 7.3, 7.4, 7.5, 8, 9, 10)]]
+    found = style.looks(names)
+    assert list(found)[-1] == "v10" and len(found) == 18
+    assert len({(x["color"], str(x["linestyle"])) for x in found.values()}) == 18
+    assert len({(x["color"], x["marker"]) for x in found.values()}) == 18
+    for name in ("dense", "alr", "v10", "uniform"):
+        assert style.looks([name])[name]["color"] == found[name]["color"]
+
+
+@pytest.mark.parametrize("draw, words", [
+    (lambda r: plot.losses(r.curves[:0]), "no curves to draw"), (lambda r: plot.losses(r.curves, y="nats"), "no unit"),
+    (lambda r: plot.losses(r.curves, x="arm"), "no unit is known for 'arm'"),
+    (lambda r: plot.rank_map(r.ranks), "pick one"), (lambda r: plot.rank_paths(r.of(arm="dense").ranks), "no ranks"),
+    (lambda r: plot.pareto(r.ends[:0]), "no finished runs"),
+    (lambda r: plot.pareto(r.ends, "rank_mean"), "missing for dense"),
+    (lambda r: plot.spectrum({"W": [0.0, 0.0]}, {}), "no value above 0"), (lambda r: plot.forest({}), "no claims")])
+def test_what_cannot_be_drawn_is_refused(r, draw, words):
+    with pytest.raises((ValueError, KeyError), match=words):
+        draw(r)
+    assert not plt.get_fignums()
+
+
+@pytest.mark.parametrize("name", ["plot", "style", "records", "claims", "register", "metrics", "stats"])
+def test_no_torch_is_needed(name):
+    """Neither here nor in any file of the package that is imported from here."""
+    tree = ast.parse((ROOT / "alr" / f"{name}.py").read_text(encoding="utf-8"))
+    for node in tree.body:
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            names = [node.module or ""]
+            assert node.level == 0 or node.module in "claims log metrics records register stats style".split()
+        assert not any(n.split(".")[0] == "torch" for n in names)

@@ -1,0 +1,250 @@
+"""Laws of `alr.records` and `alr.stats`: what was written comes back, and what was touched is noticed."""
+
+import hashlib
+import json
+import math
+import random
+import statistics
+
+import pytest
+from synthetic import log, suite, write
+
+from alr.evidence import stats
+from alr.lab.log import digest
+from alr.evidence.records import RecordError, check, leaderboard, natural, read, runs, thin, verify_digest
+
+
+def parsed(lines):
+    return [json.loads(line) for line in lines]
+
+
+# ---------------------------------------------------------------------------------------------- digests, thinning
+
+def test_the_digest_is_the_one_that_a_log_carries():
+    lines = log()
+    assert parsed(lines)[-1]["digest"] == hashlib.sha256("\n".join(lines[:-1]).encode()).hexdigest()
+    assert check(lines) == parsed(lines)
+
+
+def test_every_edit_of_a_record_is_noticed():
+    lines = thin(log(epochs=3, blocks=1), every=3)
+    assert check(lines, record=True) == parsed(lines)
+    for i, line in enumerate(lines):
+        for key, value in json.loads(line).items():
+            if key == "kind":
+                continue
+            edited = json.dumps({**json.loads(line), key: "edited" if value != "edited" else "x"})
+            with pytest.raises(RecordError, match="was changed after it was written.*digest"):
+                check([*lines[:i], edited, *lines[i + 1:]], record=True)
+        if i not in (0, len(lines) - 1):
+            with pytest.raises(RecordError, match="digest"):
+                check([*lines[:i], *lines[i + 1:]], record=True)                # one line less
+    with pytest.raises(RecordError, match="digest"):
+        check([lines[0], lines[2], lines[1], *lines[3:]], record=True)          # two lines swapped
+
+
+def test_a_record_edited_and_given_the_digest_of_a_log_is_noticed():
+    lines = thin(log())
+    end = {**parsed(lines)[-1], "val_loss": 1.155, "digest": digest(lines[:-1])}
+    with pytest.raises(RecordError, match="leaves out the `end` line"):
+        check([*lines[:-1], json.dumps(end)], record=True)
+
+
+def test_thin_keeps_everything_but_steps_and_those_to_the_letter():
+    lines = log(epochs=4, per_epoch=20, log_every=1)
+    for every in (1, 3, 10, 10_000):
+        kept = thin(lines, every)
+        others = [[x for x in y[:-1] if '"step", "step"' not in x] for y in (kept, lines)]
+        assert others[0] == others[1]
+        assert set(kept[:-1]) <= set(lines)
+        steps = [p["step"] for p in parsed(kept) if p["kind"] == "step"]
+        assert steps == sorted({*range(1, 81, every), 80})
+        assert {**parsed(kept)[-1], "digest": 0} == {**parsed(lines)[-1], "digest": 0}
+        assert check(kept, record=True)
+    assert thin(kept, 1) == kept                                                # thinning a record again is allowed
+
+
+def test_thin_keeps_the_neighbourhood_of_resizes():
+    lines = log(epochs=3, per_epoch=20, log_every=1)
+    steps = {p["step"] for p in parsed(thin(lines, 10_000, window=2)) if p["kind"] == "step"}
+    assert steps == {1, 18, 19, 20, 21, 22, 38, 39, 40, 41, 42, 60}
+
+
+def test_thin_refuses_what_it_cannot_trust():
+    lines = log()
+    with pytest.raises(RecordError, match="did not finish"):
+        thin(lines[:-1])
+    with pytest.raises(RecordError, match="digest"):
+        thin([lines[0], *lines[2:]])
+    with pytest.raises(ValueError, match="every = 0"):
+        thin(lines, every=0)
+
+
+@pytest.mark.parametrize("spoil, words", [
+    (lambda x: [], "wanted one `run` line"), (lambda x: x[1:], "wanted one `run` line"),
+    (lambda x: [x[0], *x], "wanted one `run` line"), (lambda x: [*x, x[1]], "is the `end`, but"),
+    (lambda x: [*x[:-1], x[-1][:40]], "the run was cut off"), (lambda x: ["[1]", *x[1:]], "no 'kind'"),
+    (lambda x: [x[0], '{"epoch": 1}'], "no 'kind'")])
+def test_a_broken_log_says_what_is_wrong(tmp_path, spoil, words):
+    path = tmp_path / "x.jsonl"
+    path.write_text("\n".join(spoil(log())), encoding="utf-8")
+    with pytest.raises(RecordError, match=words) as e:
+        read(path)
+    assert "x.jsonl" in str(e.value)
+
+
+def test_verify_digest_gives_the_lines_of_the_file(tmp_path):
+    path = write(tmp_path, log())
+    assert verify_digest(path) == path.read_text(encoding="utf-8").splitlines()
+    path.write_text(path.read_text(encoding="utf-8").replace('"val_loss": 4.5', '"val_loss": 1.155'), encoding="utf-8")
+    with pytest.raises(RecordError, match="digest"):
+        verify_digest(path)
+
+
+# ----------------------------------------------------------------------------------------------------- tables
+
+def test_a_suite_becomes_tables(tmp_path):
+    suite(tmp_path / "toy", {"v10": [4.0, 4.2], "v2": [5.0, 5.2]})
+    r = runs("toy", root=tmp_path)
+    assert r.suite == "toy" and r.arms == ["v2", "v10"]
+    assert list(r.ends["run"]) == ["v2.seed0", "v2.seed1", "v10.seed0", "v10.seed1"]
+    assert list(r.ends["val_loss"]) == [5.0, 5.2, 4.0, 4.2]
+    assert len(r.curves) == 4 * 3 and list(r.curves["seconds"][:3]) == [10.0, 20.0, 30.0]
+    assert len(r.steps) == 4 * 6 and len(r.resizes) == 4 * 2 * 6
+    assert list(r.provenance["config.lr"]) == [1e-3] * 4 and set(r.provenance["corpus.fingerprint"]) == {"f00d"}
+    one = r.of(run="v10.seed0")
+    assert [len(t) for t in (one.curves, one.steps, one.resizes, one.ends, one.provenance)] == [3, 6, 12, 1, 1]
+    last = one.ranks[one.ranks["epoch"] == 3]
+    assert list(last["role"]) == ["q", "k", "v", "o", "up", "down"] and list(last["rank"]) == [56, 57, 58, 59, 60, 61]
+    end = one.ends.iloc[0]
+    assert end["rank_mean"] == 58.5 and end["params_blocks"] == 1000 + 10 * 351 and end["seconds"] == 31.0
+
+
+def test_a_dense_run_has_no_ranks(tmp_path):
+    suite(tmp_path / "toy", {"dense": [4.0]}, start=None)
+    r = runs("toy", root=tmp_path)
+    assert r.ranks.empty and r.resizes.empty and math.isnan(r.ends["rank_mean"].iloc[0])
+    assert {"layer", "role", "rank"} <= set(r.ranks.columns) and {"old", "new"} <= set(r.resizes.columns)
+
+
+def test_a_log_that_still_runs_has_curves_and_no_end(tmp_path):
+    path = tmp_path / "live.jsonl"
+    lines = log(epochs=4)
+    path.write_text("\n".join(lines[:-1]) + "\n", encoding="utf-8")
+    r = runs(path)
+    assert len(r.curves) == 4 and r.ends.empty and r.arms == ["alr"]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    assert len(runs(str(path)).ends) == 1
+
+
+def test_a_suite_takes_only_finished_records(tmp_path):
+    suite(tmp_path / "toy", {"alr": [4.0]})
+    (tmp_path / "toy" / "alr.seed1.jsonl").write_text("\n".join(log(seed=1)) + "\n", encoding="utf-8")
+    with pytest.raises(RecordError, match="went through records.thin"):
+        runs("toy", root=tmp_path)
+    with pytest.raises(FileNotFoundError, match="there are toy.*make runs SUITE=tyo"):
+        runs("tyo", root=tmp_path)
+
+
+def test_flops_are_counted(tmp_path):
+    write(tmp_path, log("dense", start=None, epochs=3, per_epoch=5, blocks=2))
+    write(tmp_path, log("tied", start=None, epochs=3, per_epoch=5, blocks=2, tied=True))
+    write(tmp_path, log("mlp", start=None, epochs=3, per_epoch=5, blocks=2, model="mlp"))
+    f = runs(tmp_path).ends.set_index("arm")["flops"]
+    tokens = 3 * 5 * 4 * 16
+    assert f["dense"] == tokens * (6 * 1300 + 12 * 2 * 16 * 16)
+    assert f["tied"] == tokens * (6 * (1800 - 256) + 12 * 2 * 16 * 16)
+    assert f["mlp"] == tokens * 6 * 1300
+
+
+def test_flops_follow_every_resize(tmp_path):
+    write(tmp_path, log("alr", epochs=3, per_epoch=5, blocks=1, start=20, shrink=4, model="mlp"))
+    ranks = [6 * 20 + 15 - 24 * i for i in range(3)]                            # of all six layers, in each epoch
+    assert runs(tmp_path).ends["flops"].item() == sum(5 * 64 * 6 * (1300 + 10 * r) for r in ranks)
+    lines = log("lost", epochs=3, per_epoch=5, blocks=1, start=20, shrink=4)
+    lost = [x for x in lines[:-1] if '"kind": "resize"' not in x]
+    write(tmp_path, [*lost, json.dumps({**parsed(lines)[-1], "digest": digest(lost)})])
+    assert math.isnan(runs(tmp_path).of(arm="lost").ends["flops"].item())
+
+
+def test_a_leaderboard_is_means_and_intervals_best_first(tmp_path):
+    suite(tmp_path / "toy", {"uniform": [4.5, 4.7, 4.6], "alr": [4.1, 4.3, 4.2], "once": [4.4]})
+    table = leaderboard(runs("toy", root=tmp_path).ends)
+    assert list(table["arm"]) == ["alr", "once", "uniform"] and list(table["n"]) == [3, 1, 3]
+    first = table.iloc[0]
+    assert first["val_loss"] == pytest.approx(4.2)
+    half = 4.302652730 * 0.1 / math.sqrt(3)                                     # t table, 2 degrees of freedom
+    assert (first["val_loss_low"], first["val_loss_high"]) == pytest.approx((4.2 - half, 4.2 + half))
+    assert math.isnan(table.iloc[1]["val_loss_low"])
+    assert first["params_blocks"] == first["params_blocks_low"] == first["params_blocks_high"]
+
+
+def test_two_settings_under_one_name_are_not_averaged(tmp_path):
+    write(tmp_path, log(lr=1e-3), "alr.seed0")
+    write(tmp_path, log(lr=2e-3), "alr.seed0-again")
+    with pytest.raises(RecordError, match=r"2 runs at seed 0.*0\.001, 0\.002"):
+        leaderboard(runs(tmp_path).ends)
+
+
+def test_v2_stands_before_v10():
+    assert sorted(["v10", "v2", "v7.10", "alr", "v7.2"], key=natural) == ["alr", "v2", "v7.2", "v7.10", "v10"]
+
+
+# -------------------------------------------------------------------------------------------------- statistics
+
+@pytest.mark.parametrize("df, t90, t95, t99", [         # two-sided; any printed table
+    (1, 6.314, 12.706, 63.657), (2, 2.920, 4.303, 9.925), (3, 2.353, 3.182, 5.841), (4, 2.132, 2.776, 4.604),
+    (5, 2.015, 2.571, 4.032), (9, 1.833, 2.262, 3.250), (10, 1.812, 2.228, 3.169), (30, 1.697, 2.042, 2.750),
+    (120, 1.658, 1.980, 2.617)])
+def test_t_quantiles_are_those_of_the_tables(df, t90, t95, t99):
+    for p, t in ((0.95, t90), (0.975, t95), (0.995, t99)):
+        assert round(stats.t_quantile(p, df), 3) == t
+        assert stats.t_quantile(1 - p, df) == -stats.t_quantile(p, df)
+        assert stats.t_cdf(stats.t_quantile(p, df), df) == pytest.approx(p, abs=1e-10)
+
+
+def test_t_becomes_the_normal_and_has_closed_forms():
+    assert stats.t_quantile(0.975, 1e7) == pytest.approx(statistics.NormalDist().inv_cdf(0.975), abs=1e-6)
+    for t in (-3.0, -0.5, 0.0, 0.1, 2.0, 40.0):
+        assert stats.t_cdf(t, 1) == pytest.approx(0.5 + math.atan(t) / math.pi, abs=1e-12)
+        assert stats.t_cdf(t, 2) == pytest.approx(0.5 + t / (2 * math.sqrt(2 + t * t)), abs=1e-12)
+    for p, df in ((0, 3), (1, 3), (0.5, 0)):
+        with pytest.raises(ValueError, match="wanted 0 < p < 1"):
+            stats.t_quantile(p, df)
+
+
+def test_intervals_of_known_samples():
+    m = stats.mean([1.0, 2.0, 3.0])
+    assert m == (2.0, pytest.approx(2 - 4.3026527 / math.sqrt(3)), pytest.approx(2 + 4.3026527 / math.sqrt(3)), 3)
+    assert stats.mean([2.5]) == (2.5, None, None, 1) and stats.mean([7.0, 7.0]) == (7.0, 7.0, 7.0, 2)
+    # pairs that differ by exactly 1 have no spread, however much the seeds do
+    a, b = [1.0, 5.0, 9.0], [2.0, 6.0, 10.0]
+    assert stats.compare(a, b, paired=True) == (-1.0, -1.0, -1.0, 3)
+    half = 2.7764451 * math.sqrt(32 / 3)                                        # equal variances 16, n = 3: df = 4
+    assert stats.compare(a, b, paired=False) == (-1.0, pytest.approx(-1 - half), pytest.approx(-1 + half), 3)
+    assert stats.compare([1.0, 2.0], [3.0], paired=False) == (-1.5, None, None, 1)
+    with pytest.raises(ValueError):
+        stats.compare([1.0, 2.0], [3.0], paired=True)
+    with pytest.raises(ValueError, match="no values"):
+        stats.mean([])
+    with pytest.raises(ValueError, match="'t' and 'bootstrap'"):
+        stats.mean([1.0, 2.0], "students")
+
+
+def test_95_percent_is_95_percent():
+    rng = random.Random(0)
+    for n in (2, 3, 5):
+        inside = 0
+        for _ in range(4000):
+            m = stats.mean([rng.gauss(1, 2) for _ in range(n)])
+            inside += m.low <= 1 <= m.high
+        assert 0.94 < inside / 4000 < 0.96                                      # three standard errors are 0.0103
+
+
+def test_the_bootstrap_is_the_same_twice_and_near_t_for_many_values():
+    x = [math.sin(i) for i in range(60)]
+    boot, t = stats.mean(x, "bootstrap"), stats.mean(x)
+    assert boot == stats.mean(x, "bootstrap") and boot.value == t.value
+    assert (boot.low, boot.high) == (pytest.approx(t.low, abs=0.02), pytest.approx(t.high, abs=0.02))
+    apart = stats.compare(x, [v + 3 for v in x], paired=False, method="bootstrap")
+    assert apart.low < -3 < apart.high and apart.high < -2.5

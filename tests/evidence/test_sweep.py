@@ -1,0 +1,220 @@
+"""Laws of the machine that records: nothing half written, nothing twice, nothing by hand, nothing unchecked."""
+
+import json
+import os
+import random
+
+import pytest
+
+from alr.evidence import suite as suites
+from alr import recipes
+from alr.evidence import sweep
+from alr.evidence.suite import borrowed
+from alr.lab import Config
+
+BASE = """
+about = "a toy"
+seeds = [0, 1]
+[base]
+data_file = "{text}"
+level = "char"
+epochs = 2
+steps_per_epoch = 6
+batch_size = 4
+block_size = 16
+d_model = 16
+n_layers = 1
+n_heads = 2
+d_ff = 32
+log_every = 2
+threads = 1
+device = "cpu"
+lr = 1e-2
+"""
+ARMS = """
+[[arms]]
+name = "alr"
+recipe = "replace(alr, rank=12, every=100)"
+[[arms]]
+name = "held"
+recipe = "uniform"
+ranks_from = "alr"
+ranks_how = "permuted"
+"""
+
+
+@pytest.fixture
+def make(tmp_path, monkeypatch):
+    rng = random.Random(0)
+    text = tmp_path / "text.txt"
+    text.write_text("".join(rng.choice("abcdefgh \n") for _ in range(3000)), encoding="utf-8")
+    monkeypatch.setattr(suites, "ROOT", tmp_path)
+    (tmp_path / "suites").mkdir()
+
+    def make(body=ARMS, name="toy"):
+        path = tmp_path / "suites" / f"{name}.toml"
+        path.write_text(BASE.format(text=text.as_posix()) + body, encoding="utf-8")
+        return suites.load(path), tmp_path
+    return make
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_a_suite_runs_once_and_borrows_ranks(make):
+    suite, root = make()
+    assert "4 runs to make" in sweep.dry_run(suite, root)
+    assert sweep.sweep(suite, root=root) == 4
+    files = sorted(p.name for p in (root / "runs" / "toy").iterdir())
+    assert files == ["alr.seed0.jsonl", "alr.seed1.jsonl", "held.seed0.jsonl", "held.seed1.jsonl"]
+    for seed in (0, 1):
+        a, b = (lines(root / "runs" / "toy" / f"{arm}.seed{seed}.jsonl")[-1] for arm in ("alr", "held"))
+        assert sorted(a["ranks"].values()) == sorted(b["ranks"].values()) and a["params"] == b["params"]
+    assert sweep.sweep(suite, root=root) == 0
+    assert "0 runs to make" in sweep.dry_run(suite, root)
+
+
+def test_a_suite_can_be_shared_out_by_arm(make):
+    suite, root = make()
+    with pytest.raises(RuntimeError, match="held wait for ranks"):
+        sweep.sweep(suite, root=root, only=["held"])
+    assert "2 runs to make" in sweep.dry_run(suite, root, only=["alr"])
+    assert sweep.sweep(suite, root=root, only=["alr"]) == 2 and sweep.sweep(suite, root=root, only=["held"]) == 2
+    with pytest.raises(ValueError, match="no arm 'hold'; it has alr, held"):
+        sweep.sweep(suite, root=root, only=["hold"])
+
+
+def test_an_interrupted_sweep_ends_in_the_same_records(make, monkeypatch):
+    suite, root = make()
+    real, calls = sweep.train, []
+
+    def dies_in_the_second_run(config, **kwargs):
+        calls.append(config)
+        if len(calls) == 2:
+            def die(*_):
+                raise KeyboardInterrupt
+            return real(config, callback=die, **kwargs)
+        return real(config, **kwargs)
+
+    monkeypatch.setattr(sweep, "train", dies_in_the_second_run)
+    with pytest.raises(KeyboardInterrupt):
+        sweep.sweep(suite, root=root)
+    assert [p.name for p in (root / "runs" / "toy").iterdir()] == ["alr.seed0.jsonl"]       # nothing half written
+    assert sweep.sweep(suite, root=root) == 3
+    again = root / "again"
+    suite2, _ = make(name="toy")
+    sweep.sweep(suite2, root=again)
+    for path in (root / "runs" / "toy").iterdir():
+        for a, b in zip(lines(path), lines(again / "runs" / "toy" / path.name), strict=True):
+            for key in a.keys() - sweep.NOT_COMPARED:
+                assert a[key] == b[key], (path.name, key)
+
+
+def test_a_changed_configuration_is_run_again(make):
+    suite, root = make()
+    sweep.sweep(suite, root=root)
+    changed, _ = make(ARMS.replace("rank=12", "rank=11"))
+    assert sweep.sweep(changed, root=root) >= 2
+
+
+def test_a_field_younger_than_a_record_does_not_make_it_another_run():
+    text = repr(recipes.alr)
+    assert ", start=None" in text and sweep.same_recipe(text.replace(", start=None", ""), recipes.alr)
+    assert not sweep.same_recipe(text.replace("start=None", "start=9"), recipes.alr)
+    assert not sweep.same_recipe(text.replace("FisherCut", "NoSuchCut"), recipes.alr)
+
+
+def test_tuning_chooses_by_the_rule_in_the_file(make):
+    suite, root = make("""
+[tune]
+seeds = [7]
+grid = { lr = [1e-5, 1e-2] }
+[[arms]]
+name = "dense"
+recipe = "dense"
+""")
+    assert "dense, once tuned" in sweep.dry_run(suite, root)
+    assert sweep.sweep(suite, root=root) == 4
+    assert suite.choose(root) == {"dense": {"lr": 1e-2}}                # 1e-5 learns nothing in twelve steps
+    assert lines(root / "runs" / "toy" / "dense.seed0.jsonl")[0]["config"]["lr"] == 1e-2
+
+
+def test_verify_repeats_a_record_and_notices_a_changed_one(make):
+    suite, root = make()
+    sweep.sweep(suite, root=root)
+    assert "bit for bit" in sweep.verify(suite, root, seed=0)
+    for path in (root / "runs" / "toy").iterdir():
+        text = path.read_text(encoding="utf-8")
+        end = json.loads(text.splitlines()[-1])
+        path.write_text(text.replace(f'"val_loss": {end["val_loss"]}', '"val_loss": 1.155'), encoding="utf-8")
+    with pytest.raises(ValueError, match="digest"):
+        sweep.verify(suite, root, seed=0)
+
+
+@pytest.mark.parametrize("body, words", [
+    (ARMS.replace('recipe = "uniform"', 'recipe = "unifrom"'), "arm 'held': recipe 'unifrom'"),
+    (ARMS.replace("ranks_from", "rank_from"), "key 'rank_from' is not known; there are"),
+    (ARMS.replace('ranks_from = "alr"', 'ranks_from = "alx"'), "takes ranks from 'alx'; arms are alr, held"),
+    (ARMS.replace("permuted", "shuffled"), "it is one of same, mean, permuted, cut"),
+    (ARMS + 'set = { learning_rate = 1 }', "key 'learning_rate' is not known"),
+    (ARMS + 'seeds = [1, 7]', r"arm 'held': seeds \[1, 7\] are not all among the suite's"),
+    (ARMS.replace('name = "held"', 'name = "alr"'), "share a name"), ("", "at least one"),
+    ("[[arms]\n", "toy.toml")])
+def test_a_typo_stops_before_the_first_run(make, body, words):
+    with pytest.raises(ValueError, match=words):
+        make(body)
+
+
+def test_an_arm_may_run_on_fewer_seeds(make):
+    suite, root = make(ARMS.replace("[[arms]]", "[[arms]]\nseeds = [1]", 1))
+    assert [job.name for job in suite.jobs(root)] == ["held.seed0", "alr.seed1", "held.seed1"]
+
+
+def test_a_missing_corpus_stops_before_the_first_run(make):
+    suite, root = make()
+    os.remove(root / "text.txt")
+    with pytest.raises((ValueError, FileNotFoundError), match="text.txt"):
+        sweep.sweep(suite, root=root)
+    assert not (root / "runs").exists()
+
+
+def test_an_unknown_suite_names_those_there_are(make, capsys):
+    make()
+    assert sweep.main([str(suites.ROOT / "suites" / "no.toml")]) == 1
+    assert "there are toy" in capsys.readouterr().err
+
+
+def test_borrowed_ranks_keep_the_size():
+    end = {"ranks": {"a": 8, "b": 20, "c": 5}, "shapes": {"a": [64, 64], "b": [64, 64], "c": [256, 64]}}
+    total = sum(r * sum(end["shapes"][n]) for n, r in end["ranks"].items())
+    assert borrowed(end, "same", Config()) == end["ranks"]
+    k = set(borrowed(end, "mean", Config()).values())
+    assert len(k) == 1 and abs(k.pop() * sum(map(sum, end["shapes"].values())) - total) <= 288
+    seen = {tuple(borrowed(end, "permuted", Config(seed=s)).values()) for s in range(20)}
+    assert seen == {(8, 20, 5), (20, 8, 5)}
+
+
+def test_one_cut_lands_on_the_borrowed_ranks(make):
+    suite, root = make(ARMS.replace('recipe = "uniform"', 'recipe = "replace(uniform, rank=16, estimate=StableRank())"')
+                       .replace("permuted", "cut"))
+    sweep.sweep(suite, root=root)
+    a, b = (lines(root / "runs" / "toy" / f"{arm}.seed0.jsonl") for arm in ("alr", "held"))
+    assert a[-1]["ranks"] == b[-1]["ranks"]
+    assert {line["step"] for line in b if line["kind"] == "resize"} == {6}
+
+
+def test_a_setting_that_the_run_does_not_read_makes_no_other_run(make):
+    suite, root = make()
+    sweep.sweep(suite, root=root)
+    job = suite.jobs(root)[0]
+    path = job.path(root)
+    first, rest = path.read_text(encoding="utf-8").split("\n", 1)
+    line = json.loads(first)
+
+    def is_there(**config):
+        changed = {k: v for k, v in (line["config"] | config).items() if v != "gone"}
+        path.write_text(json.dumps(line | {"config": changed}) + "\n" + rest, encoding="utf-8")
+        return sweep.recorded(job, suite.recipe(job, root), root)
+    assert is_there() and is_there(pairs_lr=0.5) and is_there(muon_lr="gone") and is_there(decay="gone")
+    assert not is_there(lr=0.5) and not is_there(optimizer="sgd")

@@ -1,0 +1,40 @@
+"""Laws of `alr.verdict`: the words are computed, the weakest finding decides, and a box says what it rests on."""
+
+import pytest
+
+from alr.evidence import stats
+from alr.evidence.claims import VERDICTS
+from alr.evidence.verdict import Finding, Verdict
+
+
+def finding(values, rule=">", threshold=1.0, **more):
+    return Finding("the gap is wide", stats.mean(values), rule, threshold, **more)
+
+
+WIDE, NARROW, TORN, ONE = (finding(v) for v in ([3, 3.1, 3.2], [0.1, 0.2, 0.3], [0, 1, 2.5], [9]))
+
+
+def test_the_weakest_finding_decides():
+    assert [f.verdict for f in (WIDE, NARROW, TORN, ONE)] == ["supported", "not supported", "undecided", "undecided"]
+    def of(*findings):
+        return Verdict("It pays.", findings, 3, "data/runs/x").verdict
+    assert of(WIDE) == "supported" and of(WIDE, TORN) == of(ONE) == "undecided"
+    assert of(WIDE, NARROW) == of(NARROW, TORN, ONE) == "not supported"
+    with pytest.raises(ValueError, match="no findings"):
+        of()
+
+
+def test_a_finding_says_its_rule_value_and_interval():
+    assert str(finding([-3, -3.1, -3.2], "<", -1, unit="nats")) == \
+        "the gap is wide (rule: < -1 nats): −3.10 nats, 95 % interval −3.35 to −2.85, n = 3: supported"
+    assert "one run, no interval: undecided" in str(ONE)
+    assert "rule: within ±1" in str(finding([0.1, 0.2], "within", 1.0))
+    assert "rule: within [0, 1]" in str(finding([0.1, 0.2], "within", [0, 1]))
+
+
+def test_the_box_shows_all_of_it_and_escapes():
+    box = Verdict("a < b & c", [WIDE, NARROW], 6, "data/runs/leak")
+    for text in (str(box), box._repr_html_()):
+        assert "6" in text and "data/runs/leak" in text and "the gap is wide" in text and "not supported" in text
+    assert "a &lt; b &amp; c" in box._repr_html_() and 'class="admonition' in box._repr_html_()
+    assert VERDICTS["not supported"][0] in box._repr_html_() and VERDICTS["supported"][0] in box._repr_html_()

@@ -1,0 +1,209 @@
+"""Laws of `alr.grouping`: labels are a partition, averaging keeps the sum and projects, fast equals slow."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from alr import RankAdapter, recipes
+from alr.history.grouping import (Grouping, by_chance, by_norm, group_mean, group_mean_loop, groups, groups_loop, largest_group,
+                          number_of_groups, similarity)
+
+
+def rows(m, n, dims, seed):
+    """m rows in n columns that vary in `dims` directions: the fewer, the more of them agree."""
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(m, dims, generator=g) @ torch.randn(dims, n, generator=g)
+
+
+def built(sizes, n=64, noise=0.01, seed=0):
+    """Rows in groups of these sizes: orthogonal directions, lengths of their own, a little noise, shuffled."""
+    g = torch.Generator().manual_seed(seed)
+    member = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    G = torch.eye(n)[member] * torch.rand(len(member), 1, generator=g).add(0.5)
+    G = G + noise * torch.randn(G.shape, generator=g)
+    shuffled = torch.randperm(len(member), generator=g)
+    return G[shuffled], member[shuffled]
+
+
+many = given(st.integers(1, 60), st.integers(1, 5), st.floats(0.05, 0.999), st.integers(0, 10_000))
+
+
+@settings(deadline=None, max_examples=80)
+@many
+def test_labels_are_a_partition_and_the_rule_holds(m, dims, threshold, seed):
+    G = rows(m, 8, dims, seed)
+    S, order = similarity(G), by_chance(m, seed)
+    labels = groups(S, order, threshold)
+    k = number_of_groups(labels)
+    assert labels.shape == (m,) and sorted(set(labels.tolist())) == list(range(k)) and labels.bincount().sum() == m
+    starters = []
+    for i in order.tolist():
+        if labels[i] == len(starters):
+            starters.append(i)
+    assert len(starters) == k
+    first = torch.tensor(starters)
+    assert (S[first[labels], torch.arange(m)] >= threshold).all()               # each row is near its starter
+    near = S[first][:, first] >= threshold
+    assert near.sum() == k                                                      # no starter is near another
+    place = order.argsort()
+    for i in range(m):                                                          # and near no earlier starter
+        earlier = first[:labels[i]]
+        assert not (S[earlier, i] >= threshold).logical_and(place[earlier] < place[i]).any()
+
+
+@settings(deadline=None, max_examples=80)
+@many
+def test_the_passes_give_the_labels_of_the_loop(m, dims, threshold, seed):
+    G = rows(m, 8, dims, seed)
+    G[:: 7] = 0                                                                 # dead neurons
+    for order in (by_chance(m, seed), by_norm(G)):
+        slow = groups_loop(similarity(G), order, threshold)
+        assert torch.equal(groups(similarity(G), order, threshold), slow)
+        torch.testing.assert_close(group_mean(G, slow), group_mean_loop(G, slow))
+
+
+@pytest.mark.parametrize("m, dims", [(512, 2), (512, 6), (300, 100)])
+def test_the_passes_give_the_labels_of_the_loop_at_full_size(m, dims):
+    S = similarity(rows(m, 128, dims, seed=3))
+    for threshold in (0.3, 0.7, 0.9):
+        assert torch.equal(groups(S, by_chance(m), threshold), groups_loop(S, by_chance(m), threshold))
+
+
+@settings(deadline=None, max_examples=50)
+@many
+def test_averaging_keeps_the_sum_and_projects(m, dims, threshold, seed):
+    G = rows(m, 8, dims, seed).double()
+    labels = groups(similarity(G), by_norm(G), threshold)
+    mean = group_mean(G, labels)
+    torch.testing.assert_close(mean.sum(0), G.sum(0))
+    torch.testing.assert_close(group_mean(mean, labels), mean)                  # twice is once
+    torch.testing.assert_close((mean * G).sum(), mean.square().sum())           # so cosine = ||mean|| / ||G|| <= 1
+    for k in range(number_of_groups(labels)):
+        assert (mean[labels == k] - mean[labels == k][0]).abs().max() < 1e-12
+
+
+def test_one_group_is_the_mean_and_singletons_are_unchanged():
+    G = rows(20, 12, 12, seed=0)
+    torch.testing.assert_close(group_mean(G, torch.zeros(20, dtype=torch.int64)), G.mean(0).expand(20, 12))
+    assert torch.equal(group_mean(G, torch.randperm(20)), G)
+    alone = groups(similarity(G), by_norm(G), 0.99999)
+    assert number_of_groups(alone) == 20 and torch.equal(group_mean(G, alone), G)
+    assert torch.equal(G, rows(20, 12, 12, seed=0))                             # and nothing was done in place
+
+
+@pytest.mark.parametrize("sizes", [[1], [40], [1] * 30, [17, 5, 1, 9], [3] * 20])
+@pytest.mark.parametrize("order", ["norm", "random"])
+def test_rows_built_to_agree_are_found(sizes, order):
+    G, member = built(sizes)
+    labels = Grouping(order=order).labels(G, 0.9)
+    assert number_of_groups(labels) == len(sizes) and largest_group(labels) == max(sizes)
+    assert torch.equal(labels[:, None] == labels, member[:, None] == member)
+
+
+def test_lengths_do_not_matter_but_dead_rows_stand_alone():
+    G, _ = built([10, 6])
+    order = by_chance(16)
+    assert torch.equal(groups(similarity(G), order, 0.9),
+                       groups(similarity(G * torch.logspace(-6, 6, 16)[:, None]), order, 0.9))
+    G[:4] = 0
+    labels = groups(similarity(G), order, 0.9)
+    assert all((labels == labels[i]).sum() == 1 for i in range(4)) and number_of_groups(labels) == 6
+    assert torch.equal(group_mean(G, labels)[:4], torch.zeros(4, 64))
+
+
+def test_v2_lets_the_strongest_lead_and_v1_anyone():
+    """History: three rows 20 degrees apart, at 0.9: led by the middle one they are one group, by an outer one two."""
+    angle = torch.tensor([-20.0, 0.0, 20.0]).deg2rad()
+    G = torch.stack([angle.cos(), angle.sin()], dim=1)
+    S = similarity(G)
+    assert groups(S, torch.tensor([1, 0, 2]), 0.9).tolist() == [0, 0, 0]
+    assert groups(S, torch.tensor([0, 1, 2]), 0.9).tolist() == [0, 0, 1]
+    assert by_norm(G * torch.tensor([1.0, 3.0, 2.0])[:, None]).tolist() == [1, 2, 0]
+    found = {number_of_groups(groups(S, by_chance(3, seed), 0.9)) for seed in range(10)}
+    assert found == {1, 2} and torch.equal(by_chance(9, 4), by_chance(9, 4))
+
+
+# ------------------------------------------------------------------------------------------------ when, and on whom
+
+def test_modes():
+    baseline, coarse = Grouping(mode="baseline"), Grouping(mode="coarse-to-fine")
+    assert {baseline.threshold_at(s) for s in range(50)} == {None}
+    assert {Grouping().threshold_at(s) for s in range(50)} == {0.9}
+    assert [coarse.threshold_at(s) for s in (0, 937, 938, 1875, 1876, 9999)] == [0.7, 0.7, 0.85, 0.85, None, None]
+    fast = coarse.paced(10 / 469)
+    assert [fast.threshold_at(s) for s in (19, 20, 39, 40)] == [0.7, 0.85, 0.85, None]
+
+
+def test_v2s_stages_are_shares_of_the_run_and_every_tenth_batch():
+    v2 = replace(recipes.v2.gradient, mode="coarse-to-fine")
+    at = [v2.threshold_at(s, 1000) for s in range(1000)]
+    assert {s for s, t in enumerate(at) if t} == set(range(0, 700, 10))
+    assert set(at[:300:10]) == {0.75} and set(at[300:700:10]) == {0.9}
+    assert v2.paced(3.0).stages == v2.stages
+    with pytest.raises(ValueError, match="length is not known"):
+        v2.threshold_at(0)
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(12, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 3))
+
+
+def test_the_optimizer_sees_the_mean_on_the_chosen_layer_alone():
+    recipe = replace(recipes.v1, gradient=Grouping(threshold=0.5, where=("2",)))
+    model, twin = net(), net()
+    optimizer = torch.optim.SGD(model.parameters(), 1.0)
+    adapter = RankAdapter(recipe.prepare(model), optimizer, recipe)
+    x = torch.randn(16, 12)
+    for m in (model, twin):
+        m(x).square().mean().backward()
+    optimizer.step()
+    assert adapter.step() == [] and adapter.ranks == {}
+    G = twin[2].weight.grad
+    mean = group_mean(G, recipe.gradient.labels(G, 0.5, step=0))
+    assert (mean - G).norm() > 0.1 * G.norm()                                   # there was something to average
+    for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q - (mean if name == "2.weight" else q.grad))
+    done = adapter.grouped["2"]
+    assert done.step == 0 and done.threshold == 0.5 and 1 <= done.groups < 40 and done.largest > 1
+    assert done.kept == pytest.approx((mean.norm() / G.norm()).item(), rel=1e-4)
+    assert done.kept == pytest.approx(torch.cosine_similarity(mean.flatten(), G.flatten(), dim=0).item(), rel=1e-4)
+
+
+def test_every_tenth_batch_by_the_adapters_clock():
+    recipe = replace(recipes.v2, gradient=replace(recipes.v2.gradient, where=("2",)))
+    model = net()
+    optimizer = torch.optim.Adam(model.parameters())
+    adapter = RankAdapter(model, optimizer, recipe)
+    seen = []
+    for _ in range(25):
+        model.zero_grad()
+        model(torch.randn(8, 12)).square().mean().backward()
+        optimizer.step()
+        seen.append(adapter.grouped["2"].step)
+        adapter.step()
+    assert seen == [0] * 10 + [10] * 10 + [20] * 5
+
+
+def test_what_cannot_be_is_refused():
+    with pytest.raises(ValueError, match="mode 'groupd'; it is one of 'baseline', 'grouped', 'coarse-to-fine'"):
+        Grouping(mode="groupd")
+    with pytest.raises(ValueError, match="order 'up'"):
+        Grouping(order="up")
+    model = net()
+    with pytest.raises(ValueError, match=r"no nn.Linear matched where=\('fc2', '\*.mlp.up'\). The model has 3"):
+        RankAdapter(model, torch.optim.Adam(model.parameters()), recipes.v1)
+
+
+def test_a_forgotten_step_is_noticed_here_too():
+    recipe = replace(recipes.v2, gradient=replace(recipes.v2.gradient, where=("2",)))
+    model = net()
+    optimizer = torch.optim.Adam(model.parameters())
+    RankAdapter(model, optimizer, recipe)
+    with pytest.warns(UserWarning, match="0 calls of adapter.step"):
+        for _ in range(10):
+            optimizer.step()

@@ -1,0 +1,547 @@
+"""Laws of `alr.train`: stopping is not losing, validation is whole and so is the log, bad input writes nothing."""
+
+import json
+import multiprocessing
+import os
+import random
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import alr
+from alr.lab import checkpoint, loop
+from alr import recipes
+from alr.lab.data import corpus
+from alr.lab.model import GPT, GPTConfig, count_parameters
+from alr.evidence.records import check
+from alr.lab import Config, Run, evaluate, load, train
+from alr.lab.command import main
+from alr.lab.processes import Workers
+
+# one rank less in every step
+QUICK = 'replace({0}, every=50, cap="min", control=each({0}.control, safety=0.4, ema=0.0, max_step=1){1})'
+SHRINK = "replace(alr, every=50, control=Budget(share=0.05, begin=0.1, end=1.2, min_rank=1){0})"
+TIMES = {"seconds", "tokens_per_s", "time_sec", "peak_memory_mb", "digest", "started", "resumed"}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    rng = random.Random(0)
+    words = "the cat sat on a mat and ate rats while bats flew at dusk".split()
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(" ".join(rng.choice(words) for _ in range(900)), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def small(text):
+    return Config(recipe="v10", data_file=str(text), level="char", epochs=2, steps_per_epoch=4, batch_size=4,
+                  block_size=16, d_model=16, n_layers=1, n_heads=2, d_ff=32, init_rank=12, min_rank=2, lr=1e-2,
+                  log_every=3, dropout=0.1, device="cpu", threads=1)
+
+
+def lines(path) -> list[str]:
+    return path.read_text(encoding="utf-8").splitlines()
+
+
+def timeless(run: Run) -> list[dict]:
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in run.log]
+
+
+def same(a, b) -> bool:
+    """Are two nests of tensors and plain values equal to the bit?"""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def state(run: Run) -> dict:
+    adapter = {k: v for k, v in run.adapter.state_dict().items() if k != "seconds"}
+    return {"model": run.model.state_dict(), "optimizers": [o.state_dict() for o in run.optimizers], "adapter": adapter,
+            "rng": torch.get_rng_state(), "log": timeless(run)}
+
+
+def stop_at(step):
+    def callback(run):
+        if run.step == step:
+            raise KeyboardInterrupt
+    return callback
+
+
+# ------------------------------------------------------------------------------------------------ validation
+
+def test_whole_split_loss_equals_a_slow_reference():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(11, block_size=5, n_layers=1, n_heads=2, d_model=8, d_ff=8, dropout=0.5))
+    tokens = torch.randint(11, (53,))                                           # (N,)
+    losses = []
+    with torch.no_grad():
+        for i in range(1, 53):                                                  # every target once, from its own block
+            start = (i - 1) // 5 * 5
+            losses.append(F.cross_entropy(model.eval()(tokens[None, start:i])[0, -1], tokens[i]).item())
+    model.train()
+    before = torch.get_rng_state()
+    for batch in (1, 3, 100):
+        assert evaluate(model, tokens, 5, batch) == pytest.approx(sum(losses) / 52, rel=1e-6)
+    assert model.training and torch.equal(torch.get_rng_state(), before)
+    model(tokens[None, :5]).sum().backward()            # nothing of inference mode is left
+
+
+def test_how_much_is_validated_changes_no_training_step(small):
+    small = replace(small, log_every=1)
+    whole, part = train(small, quiet=True), train(replace(small, eval_tokens=20), quiet=True)
+    assert same(whole.model.state_dict(), part.model.state_dict())
+    assert [x for x in timeless(whole) if x["kind"] == "step"] == [x for x in timeless(part) if x["kind"] == "step"]
+    end = whole.log[-1]
+    assert part.log[-2]["val_loss"] != end["val_loss"] == part.log[-1]["val_loss"] == whole.log[-2]["val_loss"]
+    text = whole.corpus
+    assert end["val_loss"] == evaluate(whole.model, text.valid, 16, 4)
+    assert end["test_loss"] == evaluate(whole.model, text.test, 16, 4)
+    assert end["val_bpb"] == text.bits_per_byte(end["val_loss"])
+    assert part.log[-2]["val_loss"] == evaluate(whole.model, text.valid[:21], 16, 4)
+
+
+# ------------------------------------------------------------------------------------------------ the log
+
+def test_a_log_says_what_was_run_and_every_change(small, tmp_path):
+    path = tmp_path / "deep" / "log.jsonl"
+
+    def is_on_disk(run):
+        assert check(lines(path)) == run.log
+    run = train(replace(small, epochs=3, log_file=str(path)), callback=is_on_disk, quiet=True)
+    assert check(lines(path), complete=True) == run.log
+    first, end = run.log[0], run.log[-1]
+    assert recipes.parse(first["recipe"]) == recipes.v10 and recipes.parse(first["paced"]) == run.recipe
+    assert (run.recipe.every, run.recipe.rank, run.recipe.control.min_rank) == (4, 12, 2)
+    assert first["config"]["d_model"] == 16 and not {"log_file", "out", "data_dir"} & first["config"].keys()
+    assert first["corpus"]["fingerprint"] == run.corpus.fingerprint and first["threads"] == 1
+    assert {"commit", "dirty", "source", "alr", "torch", "python", "device", "processor", "started"} <= first.keys()
+    model = alr.factorize_(GPT(GPTConfig(len(run.corpus.vocab), 16, 1, 2, 16, 32)), 12, lambda name: name != "head")
+    ranks = {name: layer.rank for name, layer in alr.low_rank_layers(model).items()}
+    assert first["params"] == count_parameters(model)
+    moved = 0
+    for line in run.log:
+        if line["kind"] == "resize":
+            assert ranks[line["layer"]] == line["old"] != line["new"]
+            ranks[line["layer"]], moved = line["new"], moved + 1
+        if line["kind"] == "epoch":
+            r = list(ranks.values())
+            assert line["ranks"] == r and line["step"] == 4 * line["epoch"] and line["time_sec"] > 0
+            assert (line["rank_min"], line["rank_max"], line["rank_avg"]) == (min(r), max(r), sum(r) / len(r))
+            again = alr.factorize_(GPT(GPTConfig(len(run.corpus.vocab), 16, 1, 2, 16, 32)), ranks)
+            assert line["params_millions"] == count_parameters(again)["total"] / 1e6
+    assert moved and [x["step"] for x in run.log if x["kind"] == "step"] == [3, 6, 9, 12]
+    assert end["ranks"] == ranks == run.adapter.ranks and end["params"] == count_parameters(run.model)
+    assert end["shapes"]["blocks.0.mlp.up"] == [32, 16] and end["seconds"]["adaptation"] > 0
+    assert end["val_ppl"] == pytest.approx(2.718281828459045 ** end["val_loss"])
+
+
+def test_the_logged_command_repeats_the_run(small, tmp_path):
+    import tyro
+    value = replace(recipes.alr, rank=7)
+    for config, recipe in ((small, None), (replace(small, recipe="mine", init_rank=None, causal=False), value)):
+        run = train(config, recipe, quiet=True)
+        after = state(run)
+        words = shlex.split(run.log[0]["command"])
+        assert words[:3] == ["python", "-m", "alr.train"]
+        again = tyro.cli(Config, args=words[3:])
+        assert recipe is not None or same(after, state(train(again, quiet=True)))
+        assert asdict(again) == asdict(replace(config, recipe=repr(value) if recipe else "v10"))
+    assert run.log[0]["name"] == "mine" and run.log[0]["recipe"] == repr(value)
+    assert timeless(train(again, quiet=True))[1:] == timeless(run)[1:]
+
+
+def test_a_dense_log_has_no_ranks(small):
+    run = train(replace(small, recipe="dense", init_rank=None, min_rank=None), quiet=True)
+    epoch = next(x for x in run.log if x["kind"] == "epoch")
+    assert (epoch["ranks"], epoch["rank_min"], epoch["rank_avg"]) == ([], None, None)
+    assert run.log[-1]["ranks"] == {} and run.log[-1]["seconds"]["adaptation"] == 0
+
+
+def test_an_older_log_is_moved_aside(small, tmp_path, capsys):
+    path = tmp_path / "log.jsonl"
+    for seed in range(3):
+        train(replace(small, epochs=1, seed=seed, log_file=str(path)), quiet=True)
+    seeds = [json.loads(open(tmp_path / name, encoding="utf-8").readline())["seed"]
+             for name in ("log.1.jsonl", "log.2.jsonl", "log.jsonl")]
+    assert seeds == [0, 1, 2] and "held another run" in capsys.readouterr().err
+    assert len(os.listdir(tmp_path)) == 3
+
+
+def test_the_seed_decides_everything(small):
+    a, b, c = (state(train(replace(small, seed=s), quiet=True)) for s in (5, 5, 6))
+    assert same(a, b) and not same(a["model"], c["model"])
+
+
+# ------------------------------------------------------------------------------------------------ stopping and going on
+
+@pytest.mark.parametrize("changes", [
+    dict(recipe=QUICK.format("v10", "")),
+    dict(recipe=QUICK.format("v10", ", state=Stale()")),
+    dict(recipe=QUICK.format("repaired", ""), schedule="cosine", warmup_steps=3, grad_clip=0.5),
+    dict(recipe=QUICK.format("repaired", ""), optimizer="muon", tied=True),
+    dict(recipe=QUICK.format("repaired", ""), model="mlp", optimizer="sgd"),
+    dict(recipe=SHRINK.format(""), optimizer="pairs"),
+    dict(recipe=SHRINK.format(", estimate=OutputSpectrum(), resize=GrowAlongGradient()"), optimizer="pairs"),
+    dict(recipe="dense", init_rank=None, min_rank=None)])
+@pytest.mark.parametrize("step", [4, 6])
+def test_resume_equals_not_stopping(small, tmp_path, changes, step):
+    small = replace(small, epochs=3, **changes)
+    never = state(train(small, quiet=True))
+    stopped = replace(small, out=str(tmp_path / "out"))
+    with pytest.raises(KeyboardInterrupt):
+        train(stopped, callback=stop_at(step), quiet=True)
+    last = check(lines(tmp_path / "out" / "log.jsonl"))[-1]
+    assert last["kind"] != "end" and last["step"] <= step
+    torch.manual_seed(999)
+    again = train(replace(stopped, resume=True), quiet=True)
+    assert same(never, state(again))
+    steps = [line["step"] for line in again.log if line["kind"] == "resize"]
+    assert again.recipe.rank is None or min(steps) <= step < max(steps)
+    assert check(lines(tmp_path / "out" / "log.jsonl"), complete=True) == again.log
+    assert [r["step"] for r in again.log[-1]["resumed"]] == [step]
+    assert sorted(os.listdir(tmp_path / "out")) == ["log.jsonl", "model-00000012.safetensors", "state.pt"]
+
+
+def test_a_run_cut_off_while_validating_goes_on(small, tmp_path, monkeypatch):
+    never, stopped = state(train(small, quiet=True)), replace(small, out=str(tmp_path / "out"))
+    calls, real = [], loop._nats
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) in (1, 3, 5):
+            os.kill(os.getpid(), signal.SIGINT)         # in the first epoch, in the second, and in the final test
+        return real(*args)
+    monkeypatch.setattr(loop, "_nats", interrupted)
+    for resume in (False, True, True):
+        with pytest.raises(KeyboardInterrupt):
+            train(replace(stopped, resume=resume), quiet=True)
+    assert same(never, state(train(replace(stopped, resume=True), quiet=True)))
+
+
+def test_ctrl_c_waits_for_the_step_and_leaves_everything_whole(small, tmp_path):
+    never, path = state(train(small, quiet=True)), tmp_path / "log.jsonl"
+    stopped = replace(small, out=str(tmp_path / "out"), log_file=str(path))
+    handler = signal.getsignal(signal.SIGINT)
+
+    def interrupt(run):
+        if run.step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        train(stopped, callback=interrupt, quiet=True)
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert [x["kind"] for x in check(lines(path))] == ["run", "step"]
+    path.write_text('{"kind": "run"}\nhalf a li', encoding="utf-8")             # whatever became of the file
+    again = train(replace(stopped, resume=True), quiet=True)
+    assert same(never, state(again))
+    assert check(lines(tmp_path / "log.jsonl"), complete=True) == again.log
+
+
+def test_a_finished_run_is_not_run_again_and_can_be_loaded(small, tmp_path):
+    done = replace(small, out=str(tmp_path / "out"))
+    run = train(done, quiet=True)
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir()}
+    assert train(replace(done, resume=True), quiet=True).log == run.log
+    again = load(tmp_path / "out", device="cpu")
+    prompt = run.corpus.train[None, :4]
+    assert torch.equal(again.model.generate(prompt, 5, 0), run.model.generate(prompt, 5, 0)) and again.step == 8
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir()} == before
+
+
+def test_a_checkpoint_is_the_old_one_or_the_new_one(small, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        train(replace(small, out=str(out)), callback=stop_at(3), quiet=True)
+    run, real = load(out, device="cpu"), os.replace
+    for name in ("model-00000099", "state.pt"):         # the power fails before each of the two renames
+        def fails(a, b):
+            if name in str(b):
+                raise OSError("power")
+            real(a, b)
+        monkeypatch.setattr(checkpoint.os, "replace", fails)
+        with pytest.raises(OSError, match="power"):
+            checkpoint.save(out, GPT(GPTConfig(3, 2, 1, 1, 2, 2)), {"step": 99}, 99)
+        again = load(out, device="cpu")
+        assert again.step == 3 and same(again.model.state_dict(), run.model.state_dict())
+    monkeypatch.undo()
+    again = state(train(replace(small, out=str(out), resume=True), quiet=True))
+    assert same(again, state(train(small, quiet=True)))
+
+
+@pytest.mark.parametrize("name", recipes.ALL)
+def test_every_recipe_trains_saves_and_resumes(small, tmp_path, name):
+    small = replace(small, recipe=name, init_rank=None, min_rank=None, dropout=0.0, out=str(tmp_path), epochs=5,
+                    steps_per_epoch=2, d_ff=16)
+    never = state(train(replace(small, out=None), quiet=True))
+    with pytest.raises(KeyboardInterrupt):
+        train(small, callback=stop_at(7), quiet=True)
+    assert same(never, state(train(replace(small, resume=True), quiet=True)))
+
+
+# ------------------------------------------------------------------------------------------------ bad input
+
+@pytest.mark.parametrize("flags, words", [
+    ("--recipe v99", "recipe 'v99'"), ("--recipe v3 --init-rank 99", "rank 99"),
+    ("--data-file nope", "unknown name 'nope'"),
+    ("--corpus wikitext-2", "are both given; leave one out"),
+    ("--data-file missing.txt", "no file 'missing.txt'"), ("--device tpu", "device 'tpu' is not known; here there are"),
+    ("--device cuda:77", "is not here"), ("--block-size 5000", "block_size 5000 is longer than the text"),
+    ("--n-heads 3", "d_model 16 is not divisible by n_heads 3"), ("--recipe dense", "leave out --init-rank"),
+    ("--recipe uniform", "leave out --min-rank"), ("--resume", "no checkpoint in"), ("--data-file empty.txt", "empty"),
+    ("--data-file binary.txt", "UTF-8"), ("--lr 1e30", "not finite any more by step"), ("--init-rank 17", "rank 17"),
+    ("--init-rank 1.5", "init_rank is 1.5"),
+    ("--lr -1", "lr is -1.0; wanted a number above 0"), ("--init-rank 0", "init_rank is 0"), ("--bogus", "bogus")])
+def test_bad_input_is_one_message_an_exit_code_and_no_file(small, tmp_path, monkeypatch, capfd, flags, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "binary.txt").write_bytes(bytes(range(256)) * 20)
+    argv = shlex.split(small.command())[3:] + ["--log-file", "log.jsonl", "--out", "out", *flags.split()]
+    try:
+        status = main(argv)
+    except SystemExit as stop:                          # what tyro itself refuses
+        status = stop.code
+    assert status not in (0, None)
+    said = " ".join(capfd.readouterr().err.split("\r")[-1].replace("│", " ").split())
+    assert words in said and "Traceback" not in said
+    files = {"empty.txt", "binary.txt"}
+    if "1e30" in flags:                                 # a run that broke: its lines are whole, it has no end
+        kinds = [x["kind"] for x in check(lines(tmp_path / "log.jsonl"))]
+        files |= {"log.jsonl"}
+        assert "end" not in kinds
+    assert set(os.listdir()) == files
+
+
+@pytest.mark.parametrize("bad, words", [
+    (dict(batch_size=0), "batch_size is 0"), (dict(schedule="linear"), "it is one of constant, cosine"),
+    (dict(eval_tokens=0), "eval_tokens is 0"), (dict(grad_clip=0.0), "grad_clip is 0.0"),
+    (dict(weight_decay=-1.0), "weight_decay is -1.0; wanted 0 or more")])
+def test_a_config_refuses_what_makes_no_sense(bad, words):
+    with pytest.raises(ValueError, match=words):
+        Config(**bad)
+
+
+def test_another_run_is_neither_overwritten_nor_resumed(small, tmp_path):
+    mine = replace(small, out=str(tmp_path / "out"))
+    train(mine, quiet=True)
+    with pytest.raises(ValueError, match="holds a checkpoint already; add --resume"):
+        train(mine, quiet=True)
+    with pytest.raises(ValueError, match="resume: lr is 0.5, but 0.01 in the checkpoint"):
+        train(replace(mine, lr=0.5, resume=True), quiet=True)
+    with pytest.raises(ValueError, match="resume: the recipe is"):
+        train(replace(mine, resume=True), recipe=recipes.alr, quiet=True)
+    (tmp_path / "out" / "state.pt").write_bytes(b"rubbish")
+    with pytest.raises(ValueError, match="state.pt cannot be read"):
+        train(replace(mine, resume=True), quiet=True)
+
+
+# ------------------------------------------------------------------------------------------------ settings
+
+def test_the_seeds_command_is_understood_verbatim(monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr("alr.lab.command.train", lambda config: seen.append(config) or Run(*[None] * 9))
+    monkeypatch.setattr("alr.lab.run.Run.log", [])
+    command = ("python -m alr.train --data-file wiki.train.tokens --log-file v10_log.jsonl --epochs 30 --init-rank 64 "
+               "--min-rank 8 --d-model 512")
+    assert main(command.split()[3:]) == 0
+    assert seen == [Config(data_file="wiki.train.tokens", log_file="v10_log.jsonl", epochs=30, init_rank=64, min_rank=8,
+                           d_model=512)]
+    rest = "--n-layers 6 --n-heads 8 --d-ff 2048 --block-size 256 --batch-size 32 --steps-per-epoch 200 --lr 3e-4"
+    assert main(command.split()[3:] + rest.split()) == 0
+    assert seen[1] == seen[0]                           # the seed's own values are the defaults
+
+
+def test_the_seeds_command_runs_on_its_data(monkeypatch, tmp_path, capsys):
+    folder = os.environ.get("ALR_DATA")
+    if not folder or not os.path.exists(os.path.join(folder, "wikitext-2", "wiki.train.tokens")):
+        pytest.skip("WikiText-2 is not here: set ALR_DATA to a folder that holds wikitext-2/")
+    monkeypatch.setenv("ALR_DATA", os.path.abspath(folder))
+    monkeypatch.chdir(tmp_path)
+    text = corpus("wikitext-2")
+    flags = "--data-file wiki.train.tokens --log-file v10_log.jsonl --epochs 1 --init-rank 6 --min-rank 2 --d-model 8"
+    less = "--n-layers 1 --n-heads 2 --d-ff 8 --block-size 8 --batch-size 2 --steps-per-epoch 3 --eval-tokens 64"
+    monkeypatch.setattr(loop.Loop, "final", lambda self: (1.0, None))           # 455,000 tokens: too slow for a test
+    assert main(f"{flags} {less}".split()) == 0
+    first = json.loads(lines(tmp_path / "v10_log.jsonl")[0])
+    assert first["name"] == "v10" and first["corpus"]["fingerprint"] == text.fingerprint
+    assert first["corpus"]["tokens"]["train"] == 2_051_910
+
+
+def test_recipe_list_prints_the_table(capsys):
+    assert main(["--recipe", "list"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in printed[1:]] == list(recipes.ALL)
+    v10 = next(line for line in printed if line.startswith("v10 "))
+    assert "StableRankPower" in v10 and "Bidirectional" in v10 and "SvdFull" in v10 and "Reset" in v10
+
+
+def test_learning_rates():
+    constant = Config(epochs=1, steps_per_epoch=10, warmup_steps=4)
+    assert [constant.rate(i) for i in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    cosine = replace(constant, schedule="cosine")
+    rates = [cosine.rate(i) for i in range(11)]
+    assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0] and rates[7] == pytest.approx(0.5) and rates[10] == 0.0
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+
+
+def test_the_schedule_reaches_every_optimizer(small):
+    seen = []
+    config = replace(small, optimizer="muon", schedule="cosine", warmup_steps=2, epochs=1)
+
+    def note(run):
+        seen.append([group["lr"] for optimizer in run.optimizers for group in optimizer.param_groups])
+    train(config, callback=note, quiet=True)
+    assert seen == [[0.02 * config.rate(i), 0.01 * config.rate(i)] for i in range(4)]
+
+
+@pytest.mark.parametrize("recipe, optimizer, blocks", [
+    ("repaired", "adamw", 0.01), ("repaired", "sgd", 0.01), ("repaired", "muon", 0.02), ("repaired", "pairs", 0.03),
+    ("dense", "adamw", 0.01), ("dense", "muon", 0.02)])
+def test_embeddings_head_and_norms_have_a_rate_of_their_own(small, recipe, optimizer, blocks):
+    ranks = {} if recipe == "repaired" else dict(init_rank=None, min_rank=None)
+    config = replace(small, recipe=recipe, optimizer=optimizer, rest_lr=0.5, schedule="cosine", epochs=1, **ranks)
+    rates = {}
+
+    def note(run):
+        of = {id(p): group["lr"] for o in run.optimizers for group in o.param_groups for p in group["params"]}
+        rates.update({name: of.pop(id(p)) / config.rate(run.step - 1) for name, p in run.model.named_parameters()})
+        assert not of                                               # every parameter once, and no other
+    train(config, callback=note, quiet=True)
+    for name, rate in rates.items():
+        assert rate == pytest.approx(blocks if "attn" in name or "mlp" in name else 0.5), name
+
+
+def test_clipping_bounds_the_gradient_and_logs_it_unclipped(small):
+    norms = []
+
+    def measure(run):
+        norms.append(torch.nn.utils.get_total_norm([p.grad for p in run.model.parameters()]).item())
+    config = replace(small, recipe="dense", init_rank=None, min_rank=None, grad_clip=0.01, log_every=1)
+    run = train(config, callback=measure, quiet=True)
+    assert max(norms) <= 0.01 * (1 + 1e-4) and len(norms) == 8
+    assert min(line["grad_norm"] for line in run.log if line["kind"] == "step") > 0.01
+
+
+@pytest.mark.parametrize("changes", [
+    dict(optimizer="adam"), dict(optimizer="sgd"), dict(optimizer="muon"), dict(model="mlp"), dict(decay="product"),
+    dict(optimizer="muon", decay="product"), dict(recipe="alr", optimizer="pairs", decay="product"),
+    dict(precision="bfloat16"), dict(causal=False), dict(tied=True), dict(recipe="alr", optimizer="pairs"),
+    dict(rest_lr=0.02)])
+def test_every_setting_learns(small, changes):
+    run = train(replace(small, **dict(recipe="repaired", epochs=4, steps_per_epoch=10) | changes), quiet=True)
+    first, last = (next(x["val_loss"] for x in log if x["kind"] == "epoch") for log in (run.log, run.log[::-1]))
+    assert last < first - 0.05
+
+
+def test_nothing_is_read_from_the_device_between_log_lines(small, monkeypatch):
+    reads = []
+    for name in ("item", "tolist", "__float__", "__bool__", "__int__", "cpu", "numpy"):
+        def counted(self, *args, real=getattr(torch.Tensor, name), name=name):
+            reads.append(name)
+            return real(self, *args)
+        monkeypatch.setattr(torch.Tensor, name, counted)
+    counts = []
+    train(replace(small, recipe="uniform", min_rank=None, steps_per_epoch=12, log_every=6, epochs=1),
+          callback=lambda run: counts.append(len(reads)), quiet=True)
+    steps = [b - a for a, b in zip(counts, counts[1:])]
+    assert [i + 2 for i, n in enumerate(steps) if n] == [6, 12]
+
+
+# ------------------------------------------------------------------------------------------------ processes
+
+def environment(**more):
+    root = os.path.dirname(os.path.dirname(alr.__file__))
+    return {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", **more}
+
+
+def test_training_needs_torch_numpy_and_tqdm_alone(small):
+    code = f"""
+import sys
+for name in ("tyro", "safetensors", "pandas", "pooch", "psutil", "matplotlib", "scipy", "yaml", "requests"):
+    sys.modules[name] = None                            # importing it is an ImportError
+from alr.lab import Config, train
+from alr.lab.command import main
+run = train(Config(**{asdict(small)!r}), quiet=True)
+assert run.log[-1]["kind"] == "end"
+assert main([]) == 1
+"""
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "needs tyro" in done.stderr
+
+
+def test_processes_share_a_batch():
+    batch, seen = torch.arange(12).view(6, 2), []                               # (B, T)
+    for rank in range(3):
+        workers = Workers()
+        workers.rank, workers.size = rank, 3
+        seen.append(workers.share(batch))
+    assert [len(x) for x in seen] == [2, 2, 2] and same(torch.cat(seen).sort(0).values, batch)
+
+
+def worker(rank, port, config, interrupt):
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
+                      MASTER_PORT=str(port))
+
+    def callback(run):
+        if interrupt and rank == 1 and run.step == 4:
+            os.kill(os.getpid(), signal.SIGINT)         # one is told, both stop, at the same step
+    try:
+        train(config, callback=callback, quiet=True)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def two_processes(config, interrupt=False):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # what torchrun does, without importing torch anew where the system can fork
+    start = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    both = [start.Process(target=worker, args=(rank, port, config, interrupt), daemon=True) for rank in (0, 1)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(120)
+    return [process.exitcode for process in both]
+
+
+def test_two_processes_equal_one_and_stop_together(small, tmp_path):
+    small = replace(small, recipe=QUICK.format("repaired", "").replace("50", "150"), dropout=0.0, steps_per_epoch=7)
+    one = train(small, quiet=True)
+    out = replace(small, out=str(tmp_path))
+    assert two_processes(out, interrupt=True) == [130, 130]
+    assert checkpoint.load(tmp_path)["step"] == 6       # the next step that is logged
+    for _ in range(2):                                  # the second time there is nothing left to do
+        assert two_processes(replace(out, resume=True)) == [0, 0]
+    two = check(lines(tmp_path / "log.jsonl"), complete=True)
+    assert [x["kind"] for x in two] == [x["kind"] for x in one.log]
+    for a, b in zip(one.log[1:], two[1:], strict=True):
+        for key in a.keys() & {"layer", "old", "new", "ranks", "params", "step"}:
+            assert a[key] == b[key]
+        for key in a.keys() & {"loss", "train_loss", "val_loss", "test_loss", "grad_norm", "error"}:
+            assert a[key] == pytest.approx(b[key], rel=1e-3)
+    assert {x["layer"] for x in two if x["kind"] == "resize"} == set(one.adapter.ranks)
+    last = load(tmp_path, device="cpu")
+    for a, b in zip(one.model.parameters(), last.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_two_processes_equal_one_under_the_pair_optimizer(small, tmp_path):
+    small = replace(small, recipe="alr", optimizer="pairs", min_rank=None, dropout=0.0, steps_per_epoch=7)
+    one = train(small, quiet=True)
+    assert two_processes(replace(small, out=str(tmp_path))) == [0, 0]
+    last = load(tmp_path, device="cpu")
+    assert last.adapter.ranks == one.adapter.ranks and max(one.adapter.ranks.values()) < 12    # it did shrink
+    for a, b in zip(one.model.parameters(), last.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
