@@ -181,6 +181,7 @@ class Estimate(Observing):
     """How much rank does a layer use, or what is each of its directions worth?"""
 
     gives: ClassVar[str] = "number"     # "number": one float; "spectrum": one importance per direction, falling
+    gradients: ClassVar[bool] = False   # does it read the factors' .grad, as the last backward has left it?
 
     def __call__(self, layer: nn.Module, seen: Seen | None) -> float | tuple[float, ...]:
         """The answer for one layer; `seen` holds what was observed, None when nothing was asked for."""
@@ -205,6 +206,10 @@ class Control(Axis):
     needs_total_steps: ClassVar[bool] = False       # does it plan over the whole run?
     wants: ClassVar[str | None] = "number"          # which targets it reads: an estimate's `gives`; None: any
 
+    def start(self, rank: int) -> int:
+        """The rank that a layer is made with where the recipe says `rank`: more, if no layer may start that low."""
+        return rank
+
     def init(self, ranks: Sequence[int]) -> Any:
         """What it remembers at the start: plain numbers, so that it goes into a checkpoint."""
         return []
@@ -212,6 +217,10 @@ class Control(Axis):
     def step(self, ranks: Sequence[int], targets: Sequence, memory: Any, signal: Signal) -> tuple[list[int], Any]:
         """(the ranks wanted next, what to remember)."""
         raise NotImplementedError
+
+    def again(self, memory: Any, signal: Signal) -> Sequence[bool]:
+        """Which layers are to be factorised anew although their rank stays, after a step; () for none."""
+        return ()
 
     def finished(self, ranks: Sequence[int], memory: Any, signal: Signal) -> bool:
         """Can no rank move any more, whatever is estimated?  Then nothing is observed or estimated."""
@@ -246,6 +255,8 @@ class StatePolicy(Axis):
     """What does the optimizer remember of a layer whose rank has changed?"""
 
     tells: ClassVar[bool] = True        # does the optimizer learn of the new Parameters at all?
+    zero: bool = False                  # where it does not: are their gradients cleared all the same, step by step?
+    always: bool = False                # is it asked at every decision, also where no rank changes?
 
     def check(self, optimizers: Sequence[Optimizer]) -> None:
         """TypeError for an optimizer whose state it does not understand."""

@@ -65,7 +65,7 @@ class Budget(Control):
 
     share: Part = 1 / 6                 # all ours, from the suite `method`
     begin: Share = 0.0
-    end: Part = 0.5
+    end: Positive = 0.5                 # above 1: the run ends before the budget does
     min_rank: Count = 4
     multiple: Count = 1
     per_parameter: bool = False         # True starves wide layers: one of their directions costs more

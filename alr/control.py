@@ -70,6 +70,9 @@ class Bidirectional(Control):
     max_step: Count = 4
     min_rank: Count = 8
 
+    def start(self, rank):
+        return max(rank, self.min_rank)                             # script v10: init_rank 4 starts at 8
+
     def init(self, ranks):
         return [float(r) for r in ranks]
 
@@ -97,6 +100,10 @@ class ByLayer(Control, Estimate):
     @property
     def needs(self) -> tuple[str, ...]:
         return tuple(need for _, value in self.rules for need in getattr(value, "needs", ()))
+
+    @property
+    def gradients(self) -> bool:
+        return any(getattr(value, "gradients", False) for _, value in self.rules)
 
     @property
     def steps(self) -> int:
@@ -153,3 +160,13 @@ class ByLayer(Control, Estimate):
             for j, r in zip(mine, got, strict=True):
                 new[j] = r
         return new, memories
+
+    def again(self, memory, signal):
+        chosen, out = [self._rule(name) for name in signal.names], [False] * len(signal.names)
+        for i, (pattern, control) in enumerate(self.rules):
+            mine = [j for j, c in enumerate(chosen) if c == i]
+            if mine:
+                caps = [signal.caps[j] for j in mine]
+                for j, anew in zip(mine, control.again(memory[pattern], signal._replace(caps=caps))):
+                    out[j] = anew
+        return out

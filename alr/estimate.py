@@ -19,28 +19,26 @@ from .init import Spectral
 
 
 def power_sigma(W: Tensor, iters: int) -> Tensor:
-    """The largest singular value of W by `iters` power iterations from a random start: never too high, often too low.
+    """The largest singular value of W by `iters` power iterations from a random start: often too low, and 1e-8 more.
 
-    (m, n) -> scalar.  O(iters m n).  Draws its start from torch's global generator, as script v10 does.
+    (m, n) -> scalar.  O(iters m n).  Draws its start from torch's global generator.  Script v10's way, its 1e-8 included.
     """
     v = torch.randn(W.shape[1], device=W.device, dtype=W.dtype)     # (n,)
-    v = v / v.norm()
+    v = v / (v.norm() + 1e-8)
     for _ in range(iters):
         u = W @ v                                                   # (m,)
-        u = u / u.norm().clamp_min(1e-12)
+        u = u / (u.norm() + 1e-8)
         v = W.mT @ u                                                # (n,)
-        v = v / v.norm().clamp_min(1e-12)
-    return (W @ v).norm()
+        v = v / (v.norm() + 1e-8)
+    return (W @ v).norm() + 1e-8
 
 
 def stable_rank_power(W: Tensor, iters: int = 5) -> float:
-    """||W||_F^2 / sigma_max^2, sigma_max by power iteration on the formed W: script v10's estimate, too high by a few
-    to thirty percent because five cold iterations do not find sigma_max.  (m, n) -> float in [1, min(m, n)]; 1 for 0.
+    """||W||_F^2 / (sigma_max^2 + 1e-8), sigma_max by power iteration on the formed W: script v10's estimate, too high by
+    a few to thirty percent because five cold iterations do not find sigma_max.  (m, n) -> float in [1, min(m, n)]; 1 for 0.
     """
     W = W.detach().to(working(W.dtype))
-    sigma2 = power_sigma(W, iters).item() ** 2
-    if sigma2 == 0:
-        return 1.0
+    sigma2 = power_sigma(W, iters).item() ** 2 + 1e-8
     return min(max(W.square().sum().item() / sigma2, 1.0), float(min(W.shape)))
 
 

@@ -91,11 +91,13 @@ def book_importance(h: Tensor, d: Tensor, A: Tensor, B: Tensor, felt: Tensor, co
         count[1].add_(_leading(h))
 
 
-@torch.library.custom_op("alr::book_gradient", mutates_args=("G",))
-def book_gradient(x: Tensor, g: Tensor, G: Tensor) -> None:
-    """G += dloss/dW.  x (..., n), g (..., m), G (m, n)."""
+@torch.library.custom_op("alr::book_gradient", mutates_args=("G", "passed"))
+def book_gradient(x: Tensor, g: Tensor, G: Tensor, passed: Tensor) -> None:
+    """G += dloss/dW, passed += (rows, examples).  x (..., n), g (..., m), G (m, n), passed (2,)."""
     with torch.autocast(x.device.type, enabled=False):
         G.add_(_rows(g).to(G.dtype).mT @ _rows(x).to(G.dtype))
+        passed[0].add_(len(_rows(x)))
+        passed[1].add_(_leading(x))
 
 
 for _op in (book_moments, book_importance, book_gradient):
@@ -107,32 +109,33 @@ class _Look(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, h, book, *buffers):
-        ctx.book = book
-        ctx.save_for_backward(h, *buffers)
+        ctx.book, ctx.buffers = book, buffers           # written into by every backward: not what autograd should watch
+        ctx.save_for_backward(h)
         return h.view_as(h)
 
     @staticmethod
     def backward(ctx, d):
-        h, *buffers = ctx.saved_tensors
+        h, = ctx.saved_tensors
         with torch.no_grad():
-            ctx.book(h, d.detach(), *buffers)
-        return (d, None, *[None] * len(buffers))
+            ctx.book(h, d.detach(), *ctx.buffers)
+        return (d, None, *[None] * len(ctx.buffers))
 
 
 class _LookOut(torch.autograd.Function):
     """The identity on a layer's output y; its backward books G from its input x."""
 
     @staticmethod
-    def forward(ctx, y, x, G):
-        ctx.save_for_backward(x, G)
+    def forward(ctx, y, x, *buffers):
+        ctx.buffers = buffers
+        ctx.save_for_backward(x)
         return y.view_as(y)
 
     @staticmethod
     def backward(ctx, g):
-        x, G = ctx.saved_tensors
+        x, = ctx.saved_tensors
         with torch.no_grad():
-            torch.ops.alr.book_gradient(x, g.detach(), G)
-        return g, None, None
+            torch.ops.alr.book_gradient(x, g.detach(), *ctx.buffers)
+        return g, None, None, None
 
 
 def _elsewhere() -> bool:
@@ -161,7 +164,7 @@ class Watched:
         elif seen and book.H is not None:
             h = _Look.apply(h, torch.ops.alr.book_moments, book.H, book.K, book.count)
         y = F.linear(h, U, bias)                                        # (..., m)
-        return _LookOut.apply(y, x, book.G) if seen and book.G is not None else y
+        return _LookOut.apply(y, x, book.G, book.passed) if seen and book.G is not None else y
 
     def __reduce__(self):
         return _at_rest, ()
@@ -169,7 +172,7 @@ class Watched:
 
 # ------------------------------------------------------------------------------------------------ the window
 
-BUFFERS = ("H", "K", "count", "felt", "G")
+BUFFERS = ("H", "K", "count", "felt", "G", "passed")
 
 
 @dataclass(eq=False)
@@ -181,6 +184,7 @@ class Book:
     K: Tensor | None = None                 # (r, r)
     felt: Tensor | None = None              # (2, r)
     G: Tensor | None = None                 # (m, n)
+    passed: Tensor | None = None            # (2,): rows, examples that G was booked from
     A: Tensor | None = None                 # (r, r): the directions that are measured
     B: Tensor | None = None                 # (r, r)
     measuring: bool = False
@@ -192,7 +196,7 @@ class Book:
         def zeros(*shape):
             return torch.zeros(shape, device=layer.U.device, dtype=wide)
         book = cls(zeros(2), *((zeros(r, r), zeros(r, r)) if moments else (None, None)), None,
-                   zeros(layer.out_features, layer.in_features) if gradient else None)
+                   *((zeros(layer.out_features, layer.in_features), zeros(2)) if gradient else (None, None)))
         book.total = {name: torch.zeros_like(x) for name, x in book.pending().items()}
         return book
 
@@ -266,14 +270,14 @@ class Observer:
     @torch.no_grad()
     def commit(self) -> None:
         """The optimizer has stepped: what was booked since the last commit counts, if all of it is finite."""
-        counts = [book.count[:1].to(self.good) for book in self.books.values()]
-        terms = torch.cat(counts).max() if counts else self.good[0]     # rows of the layer that saw the most
-        ok = self._finite() & (terms > 0)
+        counts = [x.to(self.good) for book in self.books.values() for x in (book.count, book.passed) if x is not None]
+        terms = torch.stack(counts).amax(0) if counts else self.good    # (2,): rows, examples of the layer that saw the most
+        ok = self._finite() & (terms[0] > 0)
         self.good[int(self.turned)].add_(ok.to(self.good))
         for book in self.books.values():
             scale = terms.to(book.count)
             for name, x in book.pending().items():
-                part = x * scale if name in ("K", "felt") else x
+                part = x * scale[0] if name == "K" else x * scale[:, None] if name == "felt" else x
                 book.total[name].add_(torch.where(ok.to(x.device), part, torch.zeros((), dtype=x.dtype, device=x.device)))
                 x.zero_()
         self.done += 1

@@ -109,6 +109,9 @@ class PairOptimizer(Optimizer):
         with exact(U.device):
             self.state[U], self.state[V] = self.rule.state(U, V)
 
+    def __getstate__(self) -> dict:                         # torch's leaves out what it does not know
+        return super().__getstate__() | {key: getattr(self, key) for key in ("rule", "pair_defaults", "rest_defaults")}
+
     def fresh_state(self, group: dict, p: nn.Parameter) -> dict:
         """What a new factor begins with when its state is reset: made with the next step."""
         return {}

@@ -94,8 +94,12 @@ class Stale(_Policy):
     """Tell the optimizer nothing: it goes on holding the old parameters, and the layer is never trained again.
 
     The historic flaw of scripts v3 to v6, v7.1 to v7.3 and v9.  Kept to show it.
+
+    It has a second half: `optimizer.zero_grad()` does not reach the new parameters either, so their .grad is a running
+    sum since the change, and decisions that look at gradients read the sum.  zero=True takes this half away.
     """
 
+    zero: bool = False                  # clear the frozen factors' gradients after every step (and decision)
     tells = False
 
     def plan(self, optimizers, swaps) -> Plan:
@@ -104,9 +108,13 @@ class Stale(_Policy):
 
 @dataclass(frozen=True)
 class Reset(_Policy):
-    """Forget: of every parameter, embeddings included (script v10), or of the changed factors only."""
+    """Forget: of every parameter, embeddings included (script v10), or of the changed factors only.
+
+    always: forget at every decision, whether or not a rank has changed (script v7.4).
+    """
 
     everything: bool = True
+    always: bool = False
 
     def check(self, optimizers) -> None:
         for optimizer in optimizers:
@@ -116,7 +124,7 @@ class Reset(_Policy):
 
     def plan(self, optimizers, swaps) -> Plan:
         found = moves(optimizers, swaps)
-        return Plan(tuple(fresh(move) for _, _, move in found), tuple(optimizers) if self.everything and swaps else ())
+        return Plan(tuple(fresh(move) for _, _, move in found), tuple(optimizers) if self.everything and (swaps or self.always) else ())
 
 
 def fresh(move: Move) -> Move:

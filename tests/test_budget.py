@@ -99,13 +99,15 @@ def test_budget_with_a_start_forgets_the_initial_rank():
 def test_a_budget_that_cannot_move_says_so():
     def adapter(rank, control=Budget(share=0.5)):
         model = alr.factorize_(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 16)), rank=rank)
-        return alr.RankAdapter(model, torch.optim.Adam(model.parameters()), replace(alr.recipes.alr, control=control), 9)
+        return alr.RankAdapter(model, torch.optim.Adam(model.parameters()), replace(alr.recipes.alr, control=control), 90)
     with pytest.warns(UserWarning, match="no rank will ever move.*rank=0.5"):
         adapter(0.4)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        adapter(0.9, Budget(share=0.5, min_rank=1))
+        adapter(1, Budget(share=0.5, start=3, min_rank=1))
+    with pytest.warns(UserWarning, match="min_rank=4 in every layer takes 0.833 of the dense parameters.*missed"):
         adapter(0.9)
-        adapter(1, Budget(share=0.5, start=3))
 
 
 def test_loss_target_shrinks_while_it_is_free_and_grows_when_it_is_not():

@@ -41,7 +41,7 @@ def test_core_in_float32_is_as_good_as_the_full_svd(k):
 @pytest.mark.parametrize("resize", [SvdCore(), SvdFull(eps=0.0)])
 def test_the_same_rank_is_the_same_product(resize):
     U, V = factors()
-    close(product(*resize(U, V, 12)), U @ V)
+    close(product(*resize(U, V, 12)[:2]), U @ V)
 
 
 def test_factors_are_balanced_after_a_resize():
@@ -103,7 +103,7 @@ def test_gradients_follow_the_change_of_basis(k, split):
     """g_U' = g_U T_U and g_V' = T_V g_V wherever the old factors span the new ones."""
     U, V = factors()
     G = torch.randn(40, 30, dtype=torch.double)
-    U2, V2 = SvdCore()(U, V, k) if split == "core" else svd_full(U, V, k, split=split)
+    U2, V2 = SvdCore()(U, V, k)[:2] if split == "core" else svd_full(U, V, k, split=split)
     T_U, T_V = change_of_basis(U, V, U2, V2)
     kept = min(k, 12)
     close((G @ V.mT @ T_U)[:, :kept], (G @ V2.mT)[:, :kept], atol=1e-8, rtol=1e-8)

@@ -1,6 +1,5 @@
-"""Worth and cuts in the metric of the loss: best in that metric, blind to how W is factored, and about right in nats."""
+"""Importance and cuts in the metric of the loss: best in that metric, blind to how W is factored, and about right in nats."""
 
-import copy
 from dataclasses import replace
 
 import pytest
@@ -13,6 +12,7 @@ from alr.budget import Budget
 from alr.factor import core, svd_core
 from alr.fisher import FisherCut, FisherSpectrum, fisher_cut, metric
 from alr.linear import factorize_
+from alr.observe import Seen
 
 close = torch.testing.assert_close
 
@@ -93,28 +93,6 @@ def net():
     return factorize_(nn.Sequential(nn.Linear(10, 12), nn.Tanh(), nn.Linear(12, 6)), rank=4)
 
 
-def test_hooks_keep_the_means_over_the_last_batches_once():
-    model = net()
-    recipe = replace(alr.recipes.alr, estimate=FisherSpectrum(steps=2), resize=FisherCut(steps=2), every=5, epoch=5)
-    optimizer = torch.optim.SGD(model.parameters(), 0.0)
-    adapter = alr.RankAdapter(model, optimizer, recipe, total_steps=100)
-    layer, want = model[2], []
-    for step in range(4):
-        x = torch.randn(8, 10)
-        h = torch.tanh(model[0](x)).detach() @ layer.V.detach().mT              # (B, r)
-        h = h.requires_grad_()
-        (h @ layer.U.mT + layer.bias).square().mean().backward()
-        want.append((h.detach().mT @ h.detach() / 8, 8 * h.grad.mT @ h.grad))
-        model.zero_grad()
-        model(x).square().mean().backward()
-        if step < 3:
-            assert not hasattr(layer, "hidden")                     # not yet near a decision
-            adapter.step()
-            optimizer.step()
-    close(layer.hidden, want[3][0] / 2)                             # the first of two
-    close(layer.felt, want[3][1] / 2)
-
-
 def test_a_budget_shared_by_it_cuts_and_learns():
     model = net()
     recipe = replace(alr.recipes.alr, estimate=FisherSpectrum(steps=2), resize=FisherCut(steps=2),
@@ -143,26 +121,29 @@ def test_moments_rounded_in_float32_are_no_divergence():
     assert all(x.isfinite().all() for x in fisher_cut(U, V, 6, H, K))
 
 
-def test_a_cut_uses_what_its_worth_computed_and_never_what_is_stale(monkeypatch):
-    calls = []
-    monkeypatch.setattr("alr.fisher.metric", lambda *args: calls.append(1) or metric(*args))
-    layer = net()[0]
-    layer.hidden, layer.felt = torch.eye(4) * 2, torch.eye(4)
-    worth, cut = FisherSpectrum()(layer), FisherCut().of(layer)(layer.U, layer.V, 2)
-    assert len(calls) == 1
-    close(cut[0] @ cut[1], torch.mm(*fisher_cut(layer.U, layer.V, 2, layer.hidden, layer.felt)))
-    calls.clear()
-    with torch.no_grad():
-        layer.U.mul_(2)
-    FisherSpectrum()(layer)                                         # weights in place, moments replaced: both are noticed
-    layer.felt = layer.felt * 4
-    assert len(calls) == 1 and FisherSpectrum()(layer)[0] > 2 * worth[0] and len(calls) == 2
-    copy.deepcopy(layer)
+def test_where_nothing_was_felt_the_directions_are_those_of_w():
+    U, V, H, K = setting()
+    for h, k in ((H, torch.zeros_like(K)), (torch.zeros_like(H), K), (torch.zeros_like(H), torch.zeros_like(K))):
+        S, A, B = metric(U, V, h, k)
+        assert not S.any()
+        close(A @ B, torch.eye(5, dtype=torch.double))
+        (a, b), (c, d) = fisher_cut(U, V, 2, h, k), svd_core(U, V, 2)
+        close(a @ b, c @ d)
 
 
-def test_a_layer_that_has_seen_nothing_says_so_or_waits():
-    model = net()
-    assert FisherSpectrum()(model[0]) == (0.25,) * 4                # all alike
-    U, V = torch.randn(6, 3), torch.randn(3, 6)
-    with pytest.raises(FloatingPointError, match="has seen no data and no gradient"):
-        fisher_cut(U, V, 2, torch.zeros(3, 3), torch.zeros(3, 3))
+def test_moments_that_are_not_finite_are_refused():
+    U, V, H, K = setting()
+    with pytest.raises(FloatingPointError, match="not finite"):
+        metric(U, V, H * torch.nan, K)
+
+
+def test_the_axes_read_what_was_seen():
+    U, V, H, K = setting()
+    S, A, B = metric(U, V, H, K)
+    seen = Seen(4, 8.0, H, K, S.square() / 2, A, B)
+    assert FisherSpectrum()(None, seen) == tuple((S.square() / 2).tolist())
+    cut = FisherCut()(U, V, 2, seen)
+    close(cut.U @ cut.V, torch.mm(*fisher_cut(U, V, 2, H, K)))
+    close(U @ cut.mix[0], cut.U, rtol=1e-5, atol=1e-6)
+    unseen = FisherCut()(U, V, 2, Seen(4, 0.0))
+    close(unseen.U @ unseen.V, torch.mm(*svd_core(U, V, 2)))

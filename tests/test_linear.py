@@ -71,7 +71,7 @@ def test_only_layers_that_low_rank_makes_dearer_go_back():
     model = factorize_(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 24)), {"0": 3, "1": 4, "2": 8})
     x = torch.randn(5, 8)
     y, size = model(x), sum(p.numel() for p in model.parameters())
-    assert list(low_rank_layers(densify_(model, dearer=True))) == ["0"]         # 48 < 64, 64 = 64, 256 > 192
+    assert list(low_rank_layers(densify_(model, only_if_larger=True))) == ["0"]         # 48 < 64, 64 = 64, 256 > 192
     torch.testing.assert_close(model(x), y)
     assert sum(p.numel() for p in model.parameters()) == size - 64
 
@@ -133,13 +133,13 @@ def test_torch_transformer_layer_works_in_train_and_eval():
 
 
 @pytest.mark.parametrize("call, words", [
-    (lambda: factorize_(Net(), 8, where=lambda n: "attn" in n), "no nn.Linear matched `where`. The model has 3, the first is 'up'"),
-    (lambda: factorize_(nn.ReLU(), 8), "The model has 0"),
+    (lambda: factorize_(Net(), 8, where=lambda n: "attn" in n), "no linear layer matched `where`. The model has 3, the first is 'up'"),
+    (lambda: factorize_(nn.ReLU(), 8), "The model has none"),
     (lambda: factorize_(Net(tied=True), 8), "'head' shares its weight with 'wte'"),
     (lambda: factorize_(Net(), 0), r"rank 0 asked of up \(48 x 32\); it takes 1 to 32"),
     (lambda: factorize_(Net(), -3), "rank -3"), (lambda: factorize_(Net(), 33), "rank 33"),
     (lambda: factorize_(Net(), 64.0), "share 64 asked of up.*a rank as a whole number, 1 to 32"),
-    (lambda: factorize_(Net(), {"upp": 3}), "'upp', which is not an nn.Linear"),
+    (lambda: factorize_(Net(), {"upp": 3}), "'upp', which is no linear layer"),
     (lambda: factorize_(nn.Linear(3, 3), 2), "from_linear"),
     (lambda: factorize_(nn.DataParallel(Net()), 2), "wrapped in DataParallel"),
     (lambda: LowRankLinear(4, 4, 5), "rank 5"),

@@ -63,7 +63,7 @@ def test_a_step_moves_the_product_by_at_most_lr(scale, rank):
         layer(torch.randn(16, 12)).pow(2).mean().backward()
         optimizer.step()
         moved = torch.linalg.matrix_norm(layer.weight.detach() - before, 2)
-        assert 0 < moved <= 0.05 * 1.25                             # orthogonalised means at most about 1.2
+        assert 0 < moved <= 0.05 * 1.25 * (20 / 12) ** 0.5          # orthogonalised: at most about 1.2; shape scale
     if scale < 1:                       # tiny factors turn faster than one iteration a step follows; + 1 bounds them
         return
     sigma = torch.linalg.matrix_norm(layer.U.detach(), 2)
@@ -84,17 +84,16 @@ def test_decay_shrinks_the_product():
 @pytest.mark.parametrize("k", [2, 7])
 def test_it_lives_through_a_change_of_rank(policy, k):
     model = net()
-    made = optimizers(model, lr=0.05)
-    adapter = alr.RankAdapter(model, made, replace(alr.recipes.alr, rank=4, state=policy), total_steps=10)
+    optimizer = PairOptimizer(model, lr=0.05)
+    adapter = alr.RankAdapter(model, optimizer, replace(alr.recipes.alr, rank=4, state=policy), total_steps=100)
     for i in range(6):
         grads(model, i)
-        for o in made:
-            o.step()
+        optimizer.step()
         if i == 2:
             adapter.resize({"0": k, "4": 3})
     assert low_rank_layers(model)["0"].rank == k
     assert all(torch.isfinite(p).all() for p in model.parameters())
-    held = [p for o in made for g in o.param_groups for p in g["params"]]
+    held = [p for g in optimizer.param_groups for p in g["params"]]
     assert {id(p) for p in held} == {id(p) for p in model.parameters()}
 
 
@@ -107,7 +106,7 @@ def test_transport_carries_momentum_of_the_product():
     optimizer.step()
     U, V = layer.U, layer.V
     fresh = copy.deepcopy(model)
-    U2, V2 = (nn.Parameter(x) for x in SvdCore()(U.detach(), V.detach(), 4))            # the same W in another basis
+    U2, V2 = (nn.Parameter(x) for x in SvdCore()(U.detach(), V.detach(), 4)[:2])            # the same W in another basis
     other = low_rank_layers(fresh)["0"]
     other.U, other.V = nn.Parameter(U2.detach().clone()), nn.Parameter(V2.detach().clone())
     grads(fresh)

@@ -4,7 +4,7 @@
     python -m alr.claims --check        # compute and compare; exit 1 when records and claims.json disagree
     python -m alr.claims --diff v0.1    # which values left the interval that they had at that tag or commit
 
-What an entry of the register says stands in alr/register.py.
+What an entry of the register says stands in alr/evidence/register.py.
 """
 
 from __future__ import annotations
@@ -19,15 +19,10 @@ from pathlib import Path
 import pandas as pd
 
 from .metrics import METRICS
-from .records import ROOT, RUNS, Runs, merge, one_per_seed, runs
-from .register import REGISTER, ClaimError, judge, load, named
+from .paths import CLAIMS_JSON, CLAIMS_TOML, RUNS
+from .records import Runs, merge, one_per_seed, runs
+from .register import ClaimError, judge, load, named
 from .stats import Interval, compare, mean
-
-REGISTRY = ROOT / "data" / "claims.json"
-VERDICTS = {                            # word -> (colour, tint): Okabe and Ito's; never colour without the word
-    "supported": ("#00734f", "#d5efe5"), "not supported": ("#a63f00", "#fbe3d3"), "undecided": ("#005a8f", "#d6eaf6"),
-    "figure": ("#444444", "#ececec"), "not recorded": ("#666666", "#f5f5f5"),
-}
 
 
 # ------------------------------------------------------------------------------------------------ computing
@@ -127,9 +122,8 @@ def phrase(claim: dict, unit: bool = False) -> str:
     Tables, figures and the role {val} print a value by this function alone."""
     if claim["value"] is None:
         return claim["verdict"]
-    value, low, high = (None if claim[k] is None else format(claim[k], claim["format"]).replace("-", "\N{MINUS SIGN}")
-                        for k in ("value", "low", "high"))
-    return f"{value if low is None else f'{value} [{low}, {high}]'} {claim['unit'] if unit else ''}".rstrip()
+    found = Interval(claim["value"], claim["low"], claim["high"], claim["n"])
+    return f"{found.text(claim['format'])} {claim['unit'] if unit else ''}".rstrip()
 
 
 # ------------------------------------------------------------------------------------------------- showing
@@ -144,28 +138,11 @@ def condition(claim: dict) -> str:
     return f"{claim['rule']} {ends}".replace("-", "−")
 
 
-def read(path: str | Path = REGISTRY) -> dict[str, dict]:
+def read(path: str | Path = CLAIMS_JSON) -> dict[str, dict]:
     """claims.json.  FileNotFoundError that says how to make it."""
     if not Path(path).exists():
         raise FileNotFoundError(f"{path} is not there; `python -m alr.claims` makes it.")
     return json.loads(Path(path).read_text(encoding="utf-8"))
-
-
-def table(claims: dict[str, dict] | None = None, chapter: str | None = None):
-    """The register as a pandas Styler for a page, verdicts in colour and words; of one chapter, or of all."""
-    claims = read() if claims is None else claims
-    names = ["claim", "value [95 % interval]", "rule", "runs per arm", "verdict", "chapter"]
-    rows = [(c["text"], phrase(c, unit=True), condition(c), c["n"], c["verdict"], c["chapter"])
-            for c in claims.values() if chapter in (None, c["chapter"])]
-    # a fixed uuid and no cell ids: the same HTML at every build
-    styler = pd.DataFrame(rows, columns=names).style.format(escape="html").hide(axis="index")
-    styler = styler.set_uuid("claims").set_table_attributes('class="dataframe claims"')
-    styler.cell_ids = False
-
-    def ink(verdict):
-        colour, tint = VERDICTS[verdict]
-        return f"color: {colour}; background-color: {tint}; font-weight: bold; white-space: nowrap"
-    return styler.map(ink, subset=["verdict"])
 
 
 def changes(old: dict[str, dict], new: dict[str, dict]) -> pd.DataFrame:
@@ -192,7 +169,7 @@ def changes(old: dict[str, dict], new: dict[str, dict]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["key", "old", "new", "why"])
 
 
-def at(revision: str, path: str | Path = REGISTRY) -> dict[str, dict]:
+def at(revision: str, path: str | Path = CLAIMS_JSON) -> dict[str, dict]:
     """claims.json as it was at a tag or commit of its git repository.  ClaimError when git has none."""
     path = Path(path)
     shown = subprocess.run(["git", "show", f"{revision}:./{path.name}"], cwd=path.parent, capture_output=True)
@@ -207,9 +184,9 @@ def main(args: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(prog="python -m alr.claims", description=__doc__.split("\n")[0])
     p.add_argument("--check", action="store_true", help="compare with claims.json instead of writing it")
     p.add_argument("--diff", metavar="OLD", help="claims that left the interval they had at this tag or commit")
-    p.add_argument("--register", type=Path, default=REGISTER, help="claims.toml")
+    p.add_argument("--register", type=Path, default=CLAIMS_TOML, help="claims.toml")
     p.add_argument("--runs", type=Path, default=RUNS, help="folder of the suites' records")
-    p.add_argument("--out", type=Path, default=REGISTRY, help="claims.json")
+    p.add_argument("--out", type=Path, default=CLAIMS_JSON, help="claims.json")
     a = p.parse_args(args)
     try:
         return _run(a)

@@ -1,101 +1,98 @@
 """What the evidence pages show, as HTML: the register of claims, the leaderboard, where numbers come from.  No torch.
 
-    register()                                  # every claim of data/claims.json, by chapter
+    claims_table()                              # every claim of data/claims.json, by chapter
     leaderboard(runs("evolution"), dense="dense")
     provenance_footer("evolution", "leak")      # the last cell of a chapter: the records that it drew from
 
-Each returns `Html`, which a notebook shows as it is.  The look stands in book/_static/alr.css, sorting in sort.js;
+Each returns `Html`, which a notebook shows as it is; what a record, a register or a suite says is escaped in it.  The look stands in book/_static/alr.css, sorting in sort.js;
 without them (JupyterLab) the tables are plain and complete.
 """
 
 from __future__ import annotations
 
-import html
 import json
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Mapping, Sequence
 
 import pandas as pd
 
 from . import records
-from .claims import VERDICTS, condition, phrase, read
-from .records import ROOT, Runs, natural, one_per_seed, runs
+from .claims import condition, phrase, read
+from .markup import BR, DASH, GAP, VERDICTS, Html, join, pill, tag
+from .paths import NOTEBOOKS, RUNS
+from .records import Runs, natural, one_per_seed, runs
 from .stats import Interval, compare, mean
 
 NOTHING = "not recorded yet"
 
 
-class Html(str):
-    """Text that a notebook shows as HTML; a terminal is told its size."""
-
-    def _repr_html_(self) -> str:
-        return str(self)
-
-    def __repr__(self) -> str:
-        return f"<{self.count('<tr')} table rows as HTML>"
+def _cell(*content: object, **attributes: object) -> Html:
+    return tag("td", *content, **attributes)
 
 
-def _cell(content, tag: str = "td", **attributes) -> str:
-    """One cell; attributes with underscores for hyphens (data_sort -> data-sort), None leaves one out."""
-    given = "".join(f' {k.strip("_").replace("_", "-")}="{html.escape(str(v))}"' for k, v in attributes.items()
-                    if v is not None)
-    return f"<{tag}{given}>{content}</{tag}>"
+def _number_cell(*content: object, **attributes: object) -> Html:
+    return tag("td", *content, **attributes, class_="alr-number")
 
 
-def _table(heads: Sequence[str], rows: Sequence[str], kind: str = "") -> Html:
-    head = "".join(_cell(h, "th", scope="col") for h in heads)
-    return Html(f'<div class="alr-html"><table class="alr-table {kind}"><thead><tr>{head}</tr></thead>'
-                f'<tbody>{"".join(rows)}</tbody></table></div>')
+def _quiet(*content: object) -> Html:
+    return tag("span", *content, class_="alr-quiet")
+
+
+def _row(*cells: Html, **attributes: object) -> Html:
+    return tag("tr", *cells, **attributes)
+
+
+def _table(heads: Sequence[str], rows: Sequence[Html], kind: str = "") -> Html:
+    head = tag("thead", _row(*(tag("th", h, scope="col") for h in heads)))
+    return tag("div", tag("table", head, tag("tbody", *rows), class_=f"alr-table {kind}"), class_="alr-html")
+
+
+def bullets(items: Mapping[str, str]) -> Html:
+    """A list of name: words."""
+    return tag("ul", *(tag("li", tag("b", name), ": ", words) for name, words in items.items()), class_="alr-html")
 
 
 def recorded(name: str, root: str | Path | None = None) -> Runs | None:
     """The records of a suite, or None when there are none yet.  RecordError as `records.runs`."""
-    folder = Path(root or records.RUNS) / name
+    folder = Path(root or RUNS) / name
     return runs(name, root) if any(folder.glob("*.jsonl")) else None
 
 
 # ----------------------------------------------------------------------------------------------------- claims
 
-def pill(verdict: str) -> str:
-    """A verdict in colour and words."""
-    colour, tint = VERDICTS[verdict]
-    return f'<span class="alr-verdict" style="color:{colour};background:{tint}">{verdict}</span>'
-
-
-def title(chapter: str) -> str:
+def title(chapter: str) -> Html | str:
     """A chapter as a link with its title; its file name where it is not written yet."""
-    path = ROOT / "notebooks" / f"{chapter}.ipynb"
+    path = NOTEBOOKS / f"{chapter}.ipynb"
     if not path.exists():
-        return html.escape(chapter)
+        return chapter
     first = "".join(json.loads(path.read_text(encoding="utf-8"))["cells"][0]["source"]).split("\n")[0]
-    return f'<a href="{chapter}.html">{html.escape(first.lstrip("# "))}</a>'
+    return tag("a", first.lstrip("# "), href=f"{chapter}.html")
 
 
-def _claim_row(key: str, c: dict) -> str:
-    note = f'<br><span class="alr-quiet">{html.escape(c["note"])}</span>' if c["note"] and c["n"] else ""
-    value = "&ndash;"
+def _claim_row(key: str, c: dict) -> Html:
+    note = [BR, _quiet(c["note"])] if c["note"] and c["n"] else []
+    value = [DASH]
     if c["value"] is not None:                  # value, interval and unit, each on a line
         number, _, interval = phrase(c).partition(" ")
-        below = "<br>".join(filter(None, [interval, html.escape(c["unit"])]))
-        value = f'{number}<br><span class="alr-quiet">{below}</span>'
+        value = [number, BR, _quiet(join(filter(None, [interval, c["unit"]]), BR))]
     seeds = f"seeds {', '.join(map(str, c['seeds']))}" if c["seeds"] else None
-    return "<tr>" + "".join([
-        _cell(f'{html.escape(c["text"])}<br><code class="alr-key">{key}</code>{note}', id=f"claim-{key}"),
-        _cell(html.escape(condition(c)) or "&ndash;", class_="alr-rule"),
-        _cell(value, class_="alr-number", title=c["source"]),
-        _cell(c["n"] or "&ndash;", class_="alr-number", title=seeds), _cell(pill(c["verdict"]))]) + "</tr>"
+    return _row(
+        _cell(c["text"], BR, tag("code", key, class_="alr-key"), *note, id=f"claim-{key}"),
+        _cell(condition(c) or DASH, class_="alr-rule"),
+        _number_cell(*value, title=c["source"]),
+        _number_cell(c["n"] or DASH, title=seeds), _cell(pill(c["verdict"])))
 
 
-def register(claims: Mapping[str, dict] | None = None) -> Html:
-    """The register by chapter: claim and key, the rule fixed beforehand, value and 95 % interval, runs, verdict.
+def claims_table(claims: Mapping[str, dict] | None = None) -> Html:
+    """What claims.json says, by chapter: claim and key, the rule fixed beforehand, value and 95 % interval, runs, verdict.
 
     Claims come first, then the figures that the chapter's text quotes.  The source of a value is its tooltip.
     """
     claims, rows = read() if claims is None else claims, []
     for chapter in sorted({c["chapter"] for c in claims.values()}, key=natural):
         mine = {k: c for k, c in claims.items() if c["chapter"] == chapter}
-        rows.append(f'<tr class="alr-chapter">{_cell(title(chapter), "th", colspan=5, scope="rowgroup")}</tr>')
+        rows.append(_row(tag("th", title(chapter), colspan=5, scope="rowgroup"), class_="alr-chapter"))
         rows += [_claim_row(k, mine[k]) for k in sorted(mine, key=lambda k: mine[k]["rule"] is None)]
     return _table(["claim", "rule", "value [95 %]", "runs per arm", "verdict"], rows, "alr-claims")
 
@@ -104,20 +101,23 @@ def tally(claims: Mapping[str, dict] | None = None) -> Html:
     """How many claims got which verdict."""
     claims = read() if claims is None else claims
     count = {v: sum(c["verdict"] == v for c in claims.values() if c["rule"]) for v in VERDICTS}
-    return Html('<div class="alr-html alr-tally">'
-                + " &nbsp; ".join(f"{n}&nbsp;{pill(v)}" for v, n in count.items() if n) + "</div>")
+    words = [join([n, GAP, pill(v)]) for v, n in count.items() if n]
+    return tag("div", join(words, Html(" &nbsp; ")), class_="alr-html alr-tally")
 
 
 # ------------------------------------------------------------------------------------------------ leaderboard
 
-def _number(m: Interval, form: str, scale: float = 1.0, sign: bool = False) -> str:
+def _number(m: Interval, form: str, scale: float = 1.0, sign: bool = False) -> Html:
     """A mean as a sortable cell, its interval small below; a dash where there is none."""
     if not math.isfinite(m.value):
-        return _cell("&ndash;", data_sort="", class_="alr-number")
-    value, low, high = (None if x is None else format(x * scale, ("+" if sign else "") + form).replace("-", "−")
-                        for x in m[:3])
-    small = "" if low is None or low == high else f'<br><span class="alr-quiet">[{low}, {high}]</span>'
-    return _cell(value + small, data_sort=f"{m.value:.9g}", class_="alr-number")
+        return _waiting(DASH)
+    value, low, high = m.words(("+" if sign else "") + form, scale)
+    small = [] if low is None or low == high else [BR, _quiet(f"[{low}, {high}]")]
+    return _number_cell(value, *small, data_sort=f"{m.value:.9g}")
+
+
+def _waiting(content: object) -> Html:
+    return _number_cell(content, data_sort="")
 
 
 def leaderboard(suite: Runs | None, dense: str = "dense", about: Mapping[str, str] | None = None,
@@ -128,7 +128,7 @@ def leaderboard(suite: Runs | None, dense: str = "dense", about: Mapping[str, st
     blocks: parameters at the end, in thousands; TFLOP: counted over the run; s: seconds of training and adaptation.
     about: arm -> a few words.  waiting: arms without a record, named in rows of their own.
     """
-    heads = f"arm|loss (nats)|against {dense}|bits per byte|blocks (k)|mean rank|TFLOP|s|seeds".split("|")
+    heads = ["arm", "loss (nats)", f"against {dense}", *"bits per byte|blocks (k)|mean rank|TFLOP|s|seeds".split("|")]
     rows, arms = [], []
     if suite is not None:
         ends = one_per_seed(suite.ends)
@@ -139,18 +139,17 @@ def leaderboard(suite: Runs | None, dense: str = "dense", about: Mapping[str, st
         both = group.index.intersection(by_name[dense].index) if dense in by_name and dense != arm else []
         if len(both):
             gap = compare(*([*g.loc[both, "val_loss"]] for g in (group, by_name[dense])), paired=True)
-        words = f'<br><span class="alr-quiet">{html.escape(about[arm])}</span>' if about and arm in about else ""
-        rows.append("<tr>" + "".join([
-            _cell(f"<b>{html.escape(arm)}</b>{words}", data_sort=arm),
+        words = [BR, _quiet(about[arm])] if about and arm in about else []
+        rows.append(_row(
+            _cell(tag("b", arm), *words, data_sort=arm),
             _number(mean(group["val_loss"]), ".3f"), _number(gap, ".3f", sign=True),
             *(_number(Interval(mean(group[column]).value, None, None, 0), form, scale) for column, form, scale in (
                 ("val_bpb", ".3f", 1), ("params_blocks", ".0f", 1e-3), ("rank_mean", ".1f", 1), ("flops", ".2f", 1e-12),
                 ("seconds", ".0f", 1))),
-            _cell(len(group), data_sort=len(group), class_="alr-number")]) + "</tr>")
+            _number_cell(len(group), data_sort=len(group))))
     for arm in waiting:
-        blank = "".join(_cell("&ndash;", data_sort="", class_="alr-number") for _ in heads[3:])
-        rows.append(f'<tr>{_cell(f"<b>{html.escape(arm)}</b>", data_sort=arm)}'
-                    f'{_cell(NOTHING, data_sort="", class_="alr-quiet")}{_cell("", data_sort="")}{blank}</tr>')
+        rows.append(_row(_cell(tag("b", arm), data_sort=arm), _cell(NOTHING, data_sort="", class_="alr-quiet"),
+                         _cell(data_sort=""), *(_waiting(DASH) for _ in heads[3:])))
     return _table(heads, rows, "alr-sortable")
 
 
@@ -160,8 +159,8 @@ def _all(table: pd.DataFrame, *columns: str) -> str:
     """The values of some columns, each combination once, natural order."""
     rows = table.reindex(columns=list(columns)).astype(object)
     found = {", ".join(f"{c.rsplit('.', 1)[-1]} {v}" if c.endswith(("threads", "precision")) else str(v)
-                       for c, v in zip(columns, row) if pd.notna(v)) for row in rows.itertuples(index=False)}
-    return html.escape("; ".join(sorted(found, key=natural))) or "unknown"
+                       for c, v in zip(columns, row, strict=True) if pd.notna(v)) for row in rows.itertuples(index=False)}
+    return "; ".join(sorted(found, key=natural)) or "unknown"
 
 
 def _commit(p: pd.DataFrame) -> str:
@@ -172,13 +171,13 @@ def _commit(p: pd.DataFrame) -> str:
         if not isinstance(commit, str):
             return "unknown" + source
         return commit[:7] + (" with local changes" + source if dirty is True or str(dirty) == "True" else "")
-    return html.escape(", ".join(sorted({one(row) for _, row in p.iterrows()})))
+    return ", ".join(sorted({one(row) for _, row in p.iterrows()}))
 
 
 def provenance_footer(*used: Runs | str | object, root: str | Path | None = None) -> Html:
     """Where a page's numbers come from: for the last cell of a chapter.
 
-    used: Runs (perhaps cut by `of`), names of suites, or live runs (what alr.train.train returns: anything with a
+    used: Runs (perhaps cut by `of`), names of suites, or live runs (what alr.lab.train returns: anything with a
     `log`), which share a row.  A suite without records says so.  Commit, device, processor, seeds, torch and corpus
     fingerprint are read from the `run` lines; a live run's code is the checkout that the page came from.
     """
@@ -187,20 +186,19 @@ def provenance_footer(*used: Runs | str | object, root: str | Path | None = None
              for item in used if not hasattr(item, "log")]
     rows = []
     for name, suite in [*named, *([("", records.tables(live, ""))] if live else [])]:
-        where = f"<b>{html.escape(name)}</b>" if name else "live, on this page"
+        where = tag("b", name) if name else "live, on this page"
         if suite is None or suite.provenance.empty:
-            rows.append(f'<tr>{_cell(where)}{_cell(NOTHING, colspan=5, class_="alr-quiet")}</tr>')
+            rows.append(_row(_cell(where), _cell(NOTHING, colspan=5, class_="alr-quiet")))
             continue
         p = suite.provenance
         seeds = ", ".join(map(str, sorted(p["seed"].unique())))
-        what = f'{html.escape(", ".join(suite.arms))}: {len(p)} run{"s" * (len(p) > 1)}, seed{"s" * ("," in seeds)} '
-        what += seeds
-        rows.append("<tr>" + "".join(map(_cell, [
+        what = f'{", ".join(suite.arms)}: {len(p)} run{"s" * (len(p) > 1)}, seed{"s" * ("," in seeds)} {seeds}'
+        software = join([f"torch {_all(p, 'torch')}", f"Python {_all(p, 'python')}"], BR)
+        rows.append(_row(*map(_cell, [
             where, what, _commit(p) if name else "of this page", _all(p, "device", "processor", "threads"),
-            f'torch {_all(p, "torch")}<br>Python {_all(p, "python")}', _all(p, "corpus.name", "corpus.fingerprint")]))
-            + "</tr>")
+            software, _all(p, "corpus.name", "corpus.fingerprint")])))
     heads = ["records", "runs", "commit", "device", "software", "corpus, fingerprint"]
-    return Html(f'<div class="alr-provenance"><p><b>Where the numbers come from</b></p>{_table(heads, rows)}</div>')
+    return tag("div", tag("p", tag("b", "Where the numbers come from")), _table(heads, rows), class_="alr-provenance")
 
 
 def clock(seconds: float) -> str:
@@ -217,20 +215,19 @@ def suites(planned: Mapping[str, int], root: str | Path | None = None) -> Html:
     rows = []
     for name, wanted in planned.items():
         suite = recorded(name, root)
-        command = f"<code>make runs SUITE={html.escape(name)}</code>"
+        command = tag("code", f"make runs SUITE={name}")
         if suite is None:
-            rows.append(f"<tr>{_cell(command)}{_cell(f'0 of {wanted}', class_='alr-number')}"
-                        f"{_cell(NOTHING, colspan=4, class_='alr-quiet')}</tr>")
+            rows.append(_row(_cell(command), _number_cell(f"0 of {wanted}"), _cell(NOTHING, colspan=4, class_="alr-quiet")))
             continue
         p, each = suite.provenance, suite.ends[["seconds", "seconds_evaluation"]].sum(axis=1)
         started = pd.to_datetime(p["started"], utc=True)
-        spread = f'<br><span class="alr-quiet">{clock(each.min())} to {clock(each.max())}</span>'
         when = " to ".join(sorted({f"{day:%Y-%m-%d}" for day in (started.min(), started.max())}))
-        rows.append("<tr>" + "".join([
-            _cell(command), _cell(f"{len(each)} of {wanted}", class_="alr-number"),
-            _cell(clock(each.median()) + spread, class_="alr-number"), _cell(clock(each.sum()), class_="alr-number"),
+        rows.append(_row(
+            _cell(command), _number_cell(f"{len(each)} of {wanted}"),
+            _number_cell(clock(each.median()), BR, _quiet(f"{clock(each.min())} to {clock(each.max())}")),
+            _number_cell(clock(each.sum())),
             _cell(_all(p, "device", "processor", "threads")),
-            _cell(f"{when}<br>commit {_commit(p)}<br>torch {_all(p, 'torch')}")]) + "</tr>")
+            _cell(join([when, f"commit {_commit(p)}", f"torch {_all(p, 'torch')}"], BR))))
     heads = ["command", "runs", "one run: median, range", "all, one after the other", "on", "when, code"]
     return _table(heads, rows)
 
@@ -248,8 +245,8 @@ def corpora(names: Sequence[str], root: str | Path | None = None) -> Html:
     rows = []
     for (corpus, level, vocab, fingerprint, *sizes), suites_ in used.items():
         counts = [" / ".join("?" if pd.isna(x) else f"{int(x):,}" for x in part) for part in (sizes[:3], sizes[3:])]
-        rows.append("<tr>" + "".join(map(_cell, [
-            f"<b>{html.escape(str(corpus))}</b>, {vocab:,} {html.escape(str(level))}s", f"<code>{fingerprint}</code>",
-            *counts, ", ".join(suites_)])) + "</tr>")
+        rows.append(_row(
+            _cell(tag("b", corpus), f", {vocab:,} {level}s"), _cell(tag("code", fingerprint)),
+            *map(_cell, counts), _cell(", ".join(suites_))))
     heads = ["text", "fingerprint", "tokens: train / valid / test", "bytes: train / valid / test", "suites"]
-    return _table(heads, rows or [f'<tr>{_cell(NOTHING, colspan=5, class_="alr-quiet")}</tr>'])
+    return _table(heads, rows or [_row(_cell(NOTHING, colspan=5, class_="alr-quiet"))])

@@ -1,29 +1,33 @@
-"""Figures from records: tables of `alr.records` in, matplotlib figures out.  No torch: they can be redrawn long after.
+"""Figures from records: tables of `alr.evidence.records` in, matplotlib figures out.  No torch: they can be redrawn long after.
 
-    r = alr.runs("evolution")
+    r = runs("evolution")
     losses(r.curves), pareto(r.ends), rank_map(r.of(arm="v10", seed=0).ranks), forest(claims.read())
 
-A figure is a white card with dark ink, the same in light and dark pages (`alr.style`); an arm or a role has the same
-colour in all of them, and every axis names its unit.  Bands and bars are 95 % t intervals over seeds (`alr.stats`); one
+A figure is a white card with dark ink, the same in light and dark pages (`alr.evidence.style`); an arm or a role has the same
+colour in all of them, and every axis names its unit.  Bands and bars are 95 % t intervals over seeds (`alr.evidence.stats`); one
 seed has none.
 """
 
 from __future__ import annotations
 
+import itertools
 import textwrap
-from typing import Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
 
-from .claims import VERDICTS, phrase
+from .claims import phrase
+from .markup import VERDICTS
 from .register import bounds
-from .stats import mean
+from .stats import Interval, mean
 from .style import BLUE, DASHES, GREEN, GREY, INK, ORANGE, PURPLE, SKY, VERMILION, drawn, looks, unit
+
 
 def _some(table: pd.DataFrame, what: str) -> pd.DataFrame:
     if table.empty:
@@ -35,6 +39,18 @@ def _legend(fig, handles=None):
     """Beside the axes, never over the data."""
     handles = handles or fig.axes[0].get_legend_handles_labels()[0]
     fig.legend(handles=handles, loc="outside right upper")
+
+
+def _interval(values) -> tuple[float, float]:
+    """The ends of a 95 % t interval over seeds, for seaborn's errorbar; NaN for one seed, which has none."""
+    m = mean(values)
+    return (np.nan, np.nan) if m.low is None else (m.low, m.high)
+
+
+def _band(ax, table, x, y, look, label):
+    """A line through the means of y at each x, with the interval as its band."""
+    sns.lineplot(table, x=x, y=y, ax=ax, color=look["color"], linestyle=look["linestyle"], label=label, legend=False,
+                 errorbar=_interval, err_kws={"alpha": 0.15, "linewidth": 0})
 
 
 # --------------------------------------------------------------------------------------------------- curves
@@ -49,14 +65,11 @@ def losses(curves: pd.DataFrame, y: str = "val_loss", x: str = "step", title: st
     fig, ax = plt.subplots(figsize=(7.6, 4))
     for arm, look in looks(_some(curves, "curves")["arm"]).items():
         runs = curves[curves["arm"] == arm]
-        for _, run in runs.groupby("run"):
-            ax.plot(run[x], run[y], color=look["color"], linewidth=0.6, alpha=0.45)
-        rows = [(float(g[x].mean()), *mean(g[y])) for _, g in runs.groupby("epoch")]
-        middle = pd.DataFrame(rows, columns=["x", "y", "low", "high", "n"]).astype(float)
+        sns.lineplot(runs, x=x, y=y, units="run", estimator=None, ax=ax, color=look["color"], legend=False,
+                     linewidth=0.6, alpha=0.45)
         n = runs["run"].nunique()
-        ax.plot(middle["x"], middle["y"], color=look["color"], linestyle=look["linestyle"],
-                label=f"{arm} ({n} seed{'s' * (n > 1)})")
-        ax.fill_between(middle["x"], middle["low"], middle["high"], color=look["color"], alpha=0.15, linewidth=0)
+        middle = runs.assign(**{x: runs.groupby("epoch")[x].transform("mean")})     # seconds differ from seed to seed
+        _band(ax, middle, x, y, look, f"{arm} ({n} seed{'s' * (n > 1)})")
     low, high = curves[y].min(), curves[y].max()
     ax.set_ylim(low - 0.06 * (high - low or 1), high + 0.06 * (high - low or 1))
     ax.set(**labels, title=title)
@@ -74,7 +87,7 @@ def align(steps: pd.DataFrame, resizes: pd.DataFrame, column: str = "loss", befo
     parts = [pd.DataFrame(columns=["arm", "run", "event", "offset", "value"])]
     for run, lines in steps.groupby("run", sort=False):
         events = sorted(resizes.loc[resizes["run"] == run, "step"].unique())
-        for event, following in zip(events, [*events[1:], np.inf]):
+        for event, following in itertools.pairwise([*events, np.inf]):
             near = lines[lines["step"].between(event - before, min(event + after, following))]
             past = near.loc[near["step"] <= event, column]
             if len(past):
@@ -94,11 +107,8 @@ def aligned(steps: pd.DataFrame, resizes: pd.DataFrame, columns: Sequence[str] =
     for ax, column in zip(axes[0], columns):
         table = _some(align(steps, resizes, column, before, after), "resizes with step lines around them")
         for arm, look in looks(table["arm"]).items():
-            per_run = table[table["arm"] == arm].groupby(["offset", "run"])["value"].mean()
-            rows = [(offset, *mean(g)) for offset, g in per_run.groupby(level="offset")]
-            line = pd.DataFrame(rows, columns=["x", "y", "low", "high", "n"]).astype(float)
-            ax.plot(line["x"], line["y"], color=look["color"], linestyle=look["linestyle"], label=arm)
-            ax.fill_between(line["x"], line["low"], line["high"], color=look["color"], alpha=0.15, linewidth=0)
+            per_run = table[table["arm"] == arm].groupby(["offset", "run"], as_index=False)["value"].mean()
+            _band(ax, per_run, "offset", "value", look, arm)
         ax.axvline(0, color=GREY, linewidth=1, linestyle=":")
         ax.axhline(0, color=GREY, linewidth=1)
         ax.set(xlabel="since the resize (optimizer steps)", ylabel="change of " + unit(column))
@@ -139,14 +149,11 @@ def rank_map(ranks: pd.DataFrame, title: str = "") -> Figure:
     layers = list(dict.fromkeys(_one_run(ranks)["layer"]))
     grid = ranks.pivot(index="layer", columns="epoch", values="rank").loc[layers]               # layers x epochs
     fig, ax = plt.subplots(figsize=(7.6, 1.4 + 0.19 * max(len(layers), 6)))
-    edges = [grid.columns[0] - 0.5, grid.columns[-1] + 0.5]
-    image = ax.imshow(grid, aspect="auto", cmap="cividis", interpolation="nearest",
-                      extent=(*edges, len(layers) - 0.5, -0.5))
-    ax.set_yticks(range(len(layers)), [name.removeprefix("blocks.") for name in layers], fontsize=8)
+    names = [name.removeprefix("blocks.") for name in layers]
+    sns.heatmap(grid, ax=ax, cmap="cividis", yticklabels=names, cbar_kws={"label": unit("rank")})
+    ax.tick_params(length=3, rotation=0)
+    ax.tick_params(axis="y", labelsize=8)
     ax.set(xlabel=unit("epoch"), ylabel="layer (block.part)", title=title)
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.grid(False)
-    fig.colorbar(image, ax=ax, label=unit("rank"))
     return fig
 
 
@@ -154,17 +161,15 @@ def rank_map(ranks: pd.DataFrame, title: str = "") -> Figure:
 def rank_roles(ranks: pd.DataFrame, title: str = "") -> Figure:
     """Final ranks by role (q, k, v, o, up, down) and arm: a dot per seed (mean of layers), their mean with its bar."""
     last = ranks[ranks["epoch"] == _some(ranks, "ranks").groupby("run")["epoch"].transform("max")]
+    seeds = last.groupby(["arm", "run", "role"], as_index=False)["rank"].mean()
     roles, look = list(dict.fromkeys(last["role"])), looks(last["arm"])
     fig, ax = plt.subplots(figsize=(7.6, 3.8))
-    for i, (arm, style) in enumerate(look.items()):
-        shift = (i - (len(look) - 1) / 2) * 0.8 / max(len(look), 4)
-        for x, role in enumerate(roles):
-            seeds = last[(last["arm"] == arm) & (last["role"] == role)].groupby("run")["rank"].mean()
-            if len(seeds):
-                m = mean(seeds)
-                ax.plot([x + shift] * len(seeds), seeds, ".", color=style["color"], markersize=4, alpha=0.45)
-                ax.errorbar(x + shift, m.value, _bar(m), color=style["color"], marker=style["marker"], markersize=6,
-                            capsize=3, elinewidth=1.2, linestyle="none", label=arm if x == 0 else None)
+    both = {"data": seeds, "x": "role", "y": "rank", "hue": "arm", "order": roles, "hue_order": list(look), "ax": ax,
+            "palette": {arm: style["color"] for arm, style in look.items()}}
+    sns.stripplot(**both, dodge=True, jitter=False, size=4, alpha=0.45, legend=False)
+    sns.pointplot(**both, dodge=0.8 * (1 - 1 / len(look)), errorbar=_interval, capsize=0.2 / len(look), linestyle="none",
+                  markers=[style["marker"] for style in look.values()], markersize=5, err_kws={"linewidth": 1.2})
+    ax.get_legend().remove()
     ax.set_xticks(range(len(roles)), roles)
     ax.set(xlabel="layer (role in the block)", ylabel="final " + unit("rank"), title=title)
     ax.set_ylim(bottom=0)
@@ -218,7 +223,7 @@ def pareto(ends: pd.DataFrame, x: str = "params_blocks", y: str = "val_loss", ti
     for arm, style in look.items():
         mx, my = (mean(ends.loc[ends["arm"] == arm, c]) for c in (x, y))
         means.append((mx.value, my.value))
-        ax.errorbar(mx.value, my.value, _bar(my), _bar(mx), color=style["color"], marker=style["marker"], markersize=7,
+        ax.errorbar(mx.value, my.value, my.bar, mx.bar, color=style["color"], marker=style["marker"], markersize=7,
                     capsize=3, linestyle="none", elinewidth=1, label=f"{arm} ({mx.n} seed{'s' * (mx.n > 1)})")
     lost = [arm for arm, point in zip(look, means) if not np.isfinite(point).all()]
     if lost:
@@ -234,11 +239,6 @@ def pareto(ends: pd.DataFrame, x: str = "params_blocks", y: str = "val_loss", ti
     ax.xaxis.set_minor_locator(NullLocator())
     _legend(fig)
     return fig
-
-
-def _bar(m):
-    """The two lengths of an error bar, or none."""
-    return None if m.low is None else [[m.value - m.low], [m.high - m.value]]
 
 
 # ---------------------------------------------------------------------------------------------------- claims
@@ -273,8 +273,8 @@ def forest(claims: Mapping[str, dict], title: str = "") -> Figure:
                 ax.fill_betweenx([y - 0.36, y + 0.36], a, b, color="#efefef", linewidth=0, zorder=0)
                 ax.vlines([e for e in ends if np.isfinite(e)], y - 0.36, y + 0.36, color=INK, linewidth=1.4)
             if c["value"] is not None:
-                bar = None if c["low"] is None else [[c["value"] - c["low"]], [c["high"] - c["value"]]]
-                ax.errorbar(c["value"], y, xerr=bar, color=colour, marker="o", markersize=7, capsize=4,
+                found = Interval(c["value"], c["low"], c["high"], c["n"])
+                ax.errorbar(found.value, y, xerr=found.bar, color=colour, marker="o", markersize=7, capsize=4,
                             markerfacecolor=colour if c["verdict"] in ("supported", "not supported") else "white")
             value = "" if c["value"] is None else f"{phrase(c)}\n"
             ax.text(1.02, y, f"{value}{c['verdict']}", color=colour, va="center", weight="bold", fontsize=9,

@@ -22,10 +22,9 @@ from typing import Iterable, Sequence
 import pandas as pd
 
 from ..lab.log import digest
+from .paths import RUNS
 from .stats import mean
 
-ROOT = Path(__file__).resolve().parents[2]
-RUNS = ROOT / "data" / "runs"
 KEYS = ["suite", "run", "arm", "seed"]                  # open every table
 COLUMNS = {                                             # what a table has even when it is empty
     "curves": ["epoch", "step", "train_loss", "val_loss", "rank_avg", "params_millions", "time_sec", "seconds"],
@@ -118,6 +117,22 @@ def verify_digest(path: str | Path) -> list[str]:
     lines = _lines(path)
     check(lines, str(path), record=True)
     return lines
+
+
+def run_and_end(path: str | Path) -> tuple[dict, dict]:
+    """The first and the last line of one record, parsed; the lines between are covered by the digest and not parsed.
+
+    FileNotFoundError where there is none; RecordError for a file that is no record or was changed.
+    """
+    lines = _lines(path)
+    try:
+        run, end = json.loads(lines[0]), json.loads(lines[-1])
+        if (run["kind"], end["kind"]) == ("run", "end") and end["digest"] == record_digest(lines[:-1], end):
+            return run, end
+    except (ValueError, LookupError, TypeError):
+        pass
+    check(lines, str(path), record=True)                            # says what is wrong, and in which line
+    raise RecordError(f"{path}: its first line is no `run`, or its last no `end`; delete the file and record it again.")
 
 
 def _lines(path) -> list[str]:

@@ -5,7 +5,7 @@ An entry; the rule and its threshold are fixed before the runs:
     [v10_against_uniform]
     text = "At equal size, v10 ends at a lower loss than a uniform rank."
     suite = "evolution"                 # data/runs/evolution; or several of one base, ["method", "adaptivity"]
-    metric = "val_loss"                 # a column of `ends`, or a function in alr/metrics.py
+    metric = "val_loss"                 # a column of `ends`, or a function in alr/evidence/metrics.py
     arms = ["v10", "uniform"]           # value = mean of v10 - uniform; or single = "v10": the mean of one arm
     paired = true                       # the arms share seeds, hence batches: interval of the differences, else Welch's
     rule = "<"                          # "<", ">", "within"; without a rule the entry is a figure, not a claim
@@ -23,9 +23,9 @@ import math
 import tomllib
 from pathlib import Path
 
+from .paths import CLAIMS_TOML
 from .stats import METHODS
 
-REGISTER = Path(__file__).resolve().parents[2] / "data" / "claims.toml"
 NEEDED = {"text", "suite", "metric", "chapter", "unit"}
 OPTIONAL = {"arms", "single", "paired", "ratio", "rule", "threshold", "format", "interval", "with"}
 
@@ -34,7 +34,7 @@ class ClaimError(ValueError):
     """An entry of the register that cannot be read or computed."""
 
 
-def load(path: str | Path = REGISTER) -> dict[str, dict]:
+def load(path: str | Path = CLAIMS_TOML) -> dict[str, dict]:
     """The register, by key.  ClaimError for an entry with unknown, missing or contradicting fields."""
     try:
         register = tomllib.loads(Path(path).read_text(encoding="utf-8"))

@@ -45,7 +45,7 @@ UNITS = {
 def unit(column: str) -> str:
     """The axis label of a column.  ValueError when no unit is known: an axis without one is not drawn."""
     if column not in UNITS:
-        raise ValueError(f"plot: no unit is known for {column!r}; there are {', '.join(UNITS)}. Add it to plot.UNITS.")
+        raise ValueError(f"plot: no unit is known for {column!r}; there are {', '.join(UNITS)}. Add it to style.UNITS.")
     return UNITS[column]
 
 

@@ -29,7 +29,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import tomllib
 from dataclasses import dataclass, field, fields, replace
@@ -39,8 +38,9 @@ from .. import recipes
 from ..adapt import Recipe
 from ..control import Schedule
 from ..lab.config import Config
+from .paths import DATA
+from .records import run_and_end
 
-ROOT = Path(__file__).resolve().parents[2] / "data"
 HOW = ("same", "mean", "permuted", "cut")
 
 
@@ -82,8 +82,9 @@ class Job:
             return f"{self.arm.name}.seed{self.config.seed}"
         return f"tune/{self.arm.name}.lr{getattr(self.config, self.tuned):g}.seed{self.config.seed}"
 
-    def path(self, root: Path) -> Path:
-        return root / "runs" / self.suite / f"{self.name}.jsonl"
+    def path(self, data: Path) -> Path:
+        """Where its record lies; data: the project's folder data/."""
+        return data / "runs" / self.suite / f"{self.name}.jsonl"
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ class Suite:
         (key, values), = (arm.grid or self.tune.grid).items()
         return key, values if arm.tune else []
 
-    def choose(self, root: Path) -> dict[str, dict]:
+    def choose(self, data: Path) -> dict[str, dict]:
         """{arm: {field: value}} with the lowest mean final validation loss over the tune seeds; arms not yet tuned are
         left out.  The rule stands in the suite file, before any run."""
         chosen = {}
@@ -124,21 +125,21 @@ class Suite:
         for arm in self.arms:
             losses, (key, values) = {}, self.grid(arm)
             for job in self.tuning_jobs():
-                if job.arm == arm and job.path(root).exists():
-                    losses.setdefault(getattr(job.config, key), []).append(read_end(job.path(root))["val_loss"])
+                if job.arm == arm and job.path(data).exists():
+                    losses.setdefault(getattr(job.config, key), []).append(run_and_end(job.path(data))[1]["val_loss"])
             if values and len(losses) == len(values) and all(len(v) == len(self.tune.seeds) for v in losses.values()):
                 chosen[arm.name] = {key: min(losses, key=lambda value: sum(losses[value]))}
         return chosen
 
-    def jobs(self, root: Path) -> list[Job]:
+    def jobs(self, data: Path) -> list[Job]:
         """The runs that count, arms whose ranks come from another arm last; only arms whose tuning is finished."""
-        chosen = self.choose(root)
+        chosen = self.choose(data)
         ready = [arm for arm in self.arms if self.tune is None or not arm.tune or arm.name in chosen]
         ready.sort(key=lambda arm: arm.ranks_from is not None)
         return [Job(self.name, arm, self.config(arm, seed, **chosen.get(arm.name, {})))
                 for seed in self.seeds for arm in ready if arm.seeds is None or seed in arm.seeds]
 
-    def recipe(self, job: Job, root: Path) -> Recipe:
+    def recipe(self, job: Job, data: Path) -> Recipe:
         """The job's recipe as a value; reads the other arm's record where ranks come from one.  FileNotFoundError if it
         is not there yet."""
         recipe = recipes.parse(job.arm.recipe)
@@ -147,8 +148,7 @@ class Suite:
         source = replace(job, arm=next(a for a in self.arms if a.name == job.arm.ranks_from), tuned=None)
         if job.tuning:                                                  # the tuned arm borrows the first seed's ranks
             source = replace(source, config=replace(source.config, seed=self.seeds[0]))
-        lines = source.path(root).read_text(encoding="utf-8").splitlines()
-        ranks = borrowed(json.loads(lines[-1]), job.arm.ranks_how, job.config)
+        ranks = borrowed(run_and_end(source.path(data))[1], job.arm.ranks_how, job.config)
         if job.arm.ranks_how != "cut":
             return replace(recipe, rank=ranks)
         e = job.config.steps_per_epoch                                  # the first epoch's end after a third of the run
@@ -178,20 +178,12 @@ def borrowed(end: dict, how: str, config: Config) -> dict[str, int]:
     return {name: out[name] for name in ranks}
 
 
-def read_end(path: Path) -> dict:
-    """The last line of a record."""
-    end = json.loads(path.read_text(encoding="utf-8").splitlines()[-1])
-    if end.get("kind") != "end":
-        raise ValueError(f"{path}: the last line is of kind {end.get('kind')!r}, not 'end'; delete the file and run again.")
-    return end
-
-
 def load(path: str | Path) -> Suite:
     """A suite file, checked whole before any run: ValueError says which key of which arm is wrong and what is known."""
     path = Path(path)
     if not path.exists():
-        known = sorted(p.stem for p in (ROOT / "suites").glob("*.toml"))
-        raise ValueError(f"suite {str(path)!r} is not there; there are {', '.join(known) or 'none'} in {ROOT / 'suites'}.")
+        known = sorted(p.stem for p in (DATA / "suites").glob("*.toml"))
+        raise ValueError(f"suite {str(path)!r} is not there; there are {', '.join(known) or 'none'} in {DATA / 'suites'}.")
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:

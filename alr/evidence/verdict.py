@@ -7,11 +7,10 @@ The words come from `register.judge`: supported only when the whole interval obe
 
 from __future__ import annotations
 
-import html
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Sequence
 
-from .claims import VERDICTS
+from .markup import Html, pill, tag
 from .register import judge
 from .stats import Interval
 
@@ -22,7 +21,7 @@ class Finding:
 
     says: str                           # in words, ending without a full stop
     value: Interval                     # from stats.mean or stats.compare
-    rule: str                           # "<", ">" or "within", see alr.register
+    rule: str                           # "<", ">" or "within", see alr.evidence.register
     threshold: float | list[float]
     unit: str = ""
     format: str = ".2f"
@@ -33,7 +32,7 @@ class Finding:
 
     def __str__(self) -> str:
         """The sentence with its rule, value, interval and verdict."""
-        value, low, high = (None if x is None else format(x, self.format).replace("-", "−") for x in self.value[:3])
+        value, low, high = self.value.words(self.format)
         t, unit = self.threshold, f" {self.unit}" if self.unit else ""
         rule = f"within {t}" if isinstance(t, list) else f"within ±{t:g}" if self.rule == "within" else f"{self.rule} {t:g}"
         interval = "one run, no interval" if low is None else f"95 % interval {low} to {high}, n = {self.value.n}"
@@ -64,14 +63,10 @@ class Verdict:
                  f"Verdict: {self.verdict}", f"Runs: {self.runs}; records: {self.records}"]
         return "\n".join(lines)
 
-    def _repr_html_(self) -> str:
-        def word(verdict):
-            ink, tint = VERDICTS[verdict]
-            return (f'<strong style="color: {ink}; background-color: {tint}; padding: 0 0.3em; white-space: nowrap">'
-                    f"{verdict}</strong>")
-        rows = "".join(f"<li>{html.escape(str(finding).removesuffix(': ' + finding.verdict))}: {word(finding.verdict)}</li>"
-                       for finding in self.findings)
-        return (f'<div class="admonition verdict"><p class="admonition-title">Verdict</p>'
-                f"<p><em>Claim.</em> {html.escape(self.claim)}</p><p><em>If it were so:</em></p><ul>{rows}</ul>"
-                f"<p><em>Verdict.</em> {word(self.verdict)}</p>"
-                f"<p>{self.runs} runs; records: <code>{html.escape(self.records)}</code></p></div>")
+    def _repr_html_(self) -> Html:
+        rows = [tag("li", str(finding).removesuffix(f": {finding.verdict}"), ": ", pill(finding.verdict))
+                for finding in self.findings]
+        return tag("div", tag("p", "Verdict", class_="admonition-title"), tag("p", tag("em", "Claim."), " ", self.claim),
+                   tag("p", tag("em", "If it were so:")), tag("ul", *rows),
+                   tag("p", tag("em", "Verdict."), " ", pill(self.verdict)),
+                   tag("p", self.runs, " runs; records: ", tag("code", self.records)), class_="admonition verdict")

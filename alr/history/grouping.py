@@ -5,29 +5,36 @@ which the groups were started.  Pure functions first, then the frozen value that
 
 The grouping rule: go through the rows in some order; a row that has no group yet starts one, and takes with it every
 other such row whose cosine similarity to it is at least the threshold.  Only the starter counts: members may differ.
+v3 to v7.1 count a group's size in another way: `widest_group`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..axes import Count, GradientRule, Share, Whole
+from ..axes import Count, GradientRule, NonNegative, Share, Whole
 from ..factor import working
 
 
 def similarity(G: Tensor) -> Tensor:
-    """Cosine between all pairs of rows.  (m, n) -> (m, m), float32 or wider.  A zero row is similar to nothing.
+    """Cosine between all pairs of rows, by the scripts' x / (|x| + 1e-8).  (m, n) -> (m, m), float32 or wider.
 
-    The diagonal is set to 1, zero rows included: a row is always in the group that it starts.
+    A row much longer than 1e-8 has 1 on the diagonal, up to rounding; one shorter than about 1e-7 is similar to nothing
+    at a threshold of 0.85, not even to itself; a zero row has similarity 0.
     """
     G = G.detach().to(working(G.dtype))
-    X = G / G.norm(dim=1, keepdim=True).clamp_min(1e-12)            # (m, n)
-    return (X @ X.mT).fill_diagonal_(1.0)                           # (m, m)
+    X = G / (G.norm(dim=1, keepdim=True) + 1e-8)                    # (m, n)
+    return X @ X.mT                                                 # (m, m)
+
+
+def by_index(m: int) -> Tensor:
+    """The order of script v1 and of v3 to v7.4: row 0, 1, 2, ...  -> (m,) a permutation, on the CPU."""
+    return torch.arange(m, device="cpu")                            # (m,)
 
 
 def by_norm(G: Tensor) -> Tensor:
@@ -36,7 +43,7 @@ def by_norm(G: Tensor) -> Tensor:
 
 
 def by_chance(m: int, seed: int = 0) -> Tensor:
-    """Script v1's order, arbitrary; ours is seeded.  -> (m,) a permutation, on the CPU."""
+    """An arbitrary order, to see how much the order decides; no script has it.  -> (m,) a permutation, on the CPU."""
     return torch.randperm(m, generator=torch.Generator("cpu").manual_seed(seed), device="cpu")     # (m,)
 
 
@@ -88,14 +95,32 @@ def groups(S: Tensor, order: Tensor, threshold: float) -> Tensor:
     return labels.scatter_reduce(0, j[taken], number[i[taken]], "amin")     # to the earliest starter
 
 
+def starters(labels: Tensor, order: Tensor) -> Tensor:
+    """The rows that started the groups 0, 1, 2, ...: (m,) labels of `groups` in that order -> (groups,)."""
+    order = order.to(labels.device)
+    first = torch.full((number_of_groups(labels),), len(labels), device=labels.device)      # (groups,)
+    place = torch.arange(len(labels), device=labels.device)         # (m,)
+    return order[first.scatter_reduce(0, labels[order], place, "amin")]
+
+
 def number_of_groups(labels: Tensor) -> int:
     """How many groups there are: script v7.4's suggestion for the rank.  (m,) -> int."""
     return int(labels.max()) + 1
 
 
 def largest_group(labels: Tensor) -> int:
-    """Size of the largest group: scripts v3 to v7.1 take it for the rank.  (m,) -> int."""
+    """Size of the largest group, every row counted once.  (m,) -> int.  v3 to v7.1 count otherwise: `widest_group`."""
     return int(labels.bincount().max())
+
+
+def widest_group(S: Tensor, threshold: float) -> int:
+    """The most rows that any starter is similar to, those that an earlier group has taken counted again.
+
+    Scripts v3 to v7.1 take it for the rank.  Starters in the order of the rows.  (m, m) -> int of at least 1.
+    """
+    order = by_index(len(S))                                        # (m,)
+    first = starters(groups(S, order, threshold), order)            # (groups,)
+    return max(1, int((S[first] >= threshold).sum(1).max()))
 
 
 def group_mean_loop(G: Tensor, labels: Tensor) -> Tensor:
@@ -132,34 +157,34 @@ class Grouped(NamedTuple):
 class Grouping(GradientRule):
     """Replace each row of a dense weight's gradient by its group's mean, before the optimizer sees it: v1, v2.
 
-    mode "baseline": never.  "grouped": at `threshold`.  "coarse-to-fine": at the threshold of the first of `stages`
-    (until, threshold) that is not over, and not at all after the last; `until` counts optimizer steps, or is a fraction
-    of the run, below 1.  Only every `every`-th batch, from the first.  `order` of the starters: "random" or "norm".
+    mode "baseline": never (what script v1 does if not told otherwise).  "grouped": at `threshold`.  "coarse-to-fine" (what
+    script v2 does if not told otherwise): at the threshold of the first of `stages` (until, threshold) that is not over,
+    and not at all after the last.  `until` counts optimizer steps; below 1 it is a fraction of the run's epochs, and the
+    stage ends with the first epoch that begins at or after it.
+    Only every `every`-th batch of an epoch, from its first; `epoch` is its number of steps.
+    `order` of the starters: "index" (v1), "norm" (v2), or "random" (ours, to see how much the order decides).
     """
 
-    mode: str = "grouped"
-    threshold: float = 0.9                                          # script v1
-    stages: tuple[tuple[float, float], ...] = ((938, 0.7), (1876, 0.85))    # script v1: 2 epochs of 469 steps each
-    order: str = "random"
-    every: int = 1
+    mode: Literal["baseline", "grouped", "coarse-to-fine"] = "grouped"
+    threshold: Share = 0.9                                          # scripts v1, v2
+    stages: tuple[tuple[NonNegative, Share], ...] = ((938, 0.7), (1876, 0.85))      # script v1: 2 epochs of 469 steps each
+    order: Literal["index", "norm", "random"] = "index"
+    every: Count = 1
+    epoch: Count = 469                                              # 60,000 pictures in batches of 128
     where: tuple[str, ...] = ("fc2", "*.mlp.up")                # script v1: fc2; a GPT's `up` is the like of it (ours)
-    seed: int = 0                                                   # of the random order
-
-    def __post_init__(self):
-        super().__post_init__()
-        for field, known in (("mode", ("baseline", "grouped", "coarse-to-fine")), ("order", ("random", "norm"))):
-            value = getattr(self, field)
-            if value not in known:
-                raise ValueError(f"Grouping: {field} {value!r}; it is one of {', '.join(map(repr, known))}.")
+    seed: Whole = 0                                                 # of the random order
 
     def paced(self, factor: float) -> "Grouping":
         """The same on a clock with `factor` times as many steps per epoch.  Fractions stay, and so does `every`."""
-        return replace(self, stages=tuple((until if until < 1 else max(1, round(until * factor)), t)
-                                          for until, t in self.stages))
+        return replace(self, epoch=max(1, round(self.epoch * factor)),
+                       stages=tuple((until if until < 1 else max(1, round(until * factor)), t) for until, t in self.stages))
 
     def threshold_at(self, step: int, total: int | None = None) -> float | None:
-        """The threshold after `step` optimizer steps; None where gradients are left alone."""
-        if self.mode == "baseline" or step % self.every:
+        """The threshold after `step` optimizer steps of `total`; None where gradients are left alone.
+
+        ValueError for a stage that ends at a fraction of a run whose length is not known.
+        """
+        if self.mode == "baseline" or step % self.epoch % self.every:
             return None
         if self.mode == "grouped":
             return self.threshold
@@ -167,13 +192,14 @@ class Grouping(GradientRule):
             if until < 1 and total is None:
                 raise ValueError(f"Grouping: stage ({until}, {threshold}) ends at a fraction of the run, whose length "
                                  "is not known; give RankAdapter total_steps, or the stage a number of steps.")
-            if step < (until * total if until < 1 else until):
+            if (step // self.epoch < total / self.epoch * until) if until < 1 else step < until:
                 return threshold
         return None
 
     def labels(self, G: Tensor, threshold: float, step: int = 0) -> Tensor:
         """(m, n) -> (m,)."""
-        order = by_norm(G) if self.order == "norm" else by_chance(len(G), self.seed + step)
+        order = by_norm(G) if self.order == "norm" else by_index(len(G)) if self.order == "index" else \
+            by_chance(len(G), self.seed + step)                     # (m,)
         return groups(similarity(G), order, threshold)
 
     def attach(self, adapter) -> None:
@@ -183,6 +209,7 @@ class Grouping(GradientRule):
         if not chosen:
             raise ValueError(f"Grouping: no nn.Linear matched where={self.where}. The model has {len(linears)}"
                              + (f", the first is {next(iter(linears))!r}." if linears else "."))
+        self.threshold_at(0, adapter.total_steps)                   # what it cannot say later, it says now
 
         @torch.no_grad()
         def average(optimizer, *_):

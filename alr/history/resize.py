@@ -50,9 +50,9 @@ class SvdFull(ResizeRule):
 
 @dataclass(frozen=True)
 class SvdRandom(ResizeRule):
-    """Form W, randomised SVD, S split evenly: script v4, both for shrinking and for growing.
+    """Form W, randomised SVD, S split evenly: scripts v4 to v7.1, both for shrinking and for growing.
 
-    It forms W, as the script did.  The r x r core (`resize.SvdCore`) is exact, and cheaper too.  A rank that stays
+    It forms W, as the scripts did.  The r x r core (`resize.SvdCore`) is exact, and cheaper too.  A rank that stays
     or grows moves W all the same, by the rounding that `randomized_svd` tells of.
     """
 

@@ -11,7 +11,8 @@ from synthetic import suite
 from alr.evidence import claims, pages, suite as suites
 from alr.evidence.claims import compute, condition, dumps, phrase
 from alr.evidence.metrics import METRICS
-from alr.evidence.records import ROOT, RUNS, natural, runs, verify_digest
+from alr.evidence.paths import CLAIMS_JSON, ROOT, RUNS, SUITES
+from alr.evidence.records import natural, runs, verify_digest
 from alr.evidence.register import load, named
 from alr.evidence.sweep import recorded
 
@@ -84,7 +85,7 @@ def test_the_register_has_a_row_a_claim_with_rule_value_and_verdict(root):
              "rule": "<", "threshold": 0.5, "chapter": "99_none", "unit": "nats"}
     figure = {k: claim[k] for k in ("suite", "metric", "unit", "chapter")} | {"text": "A figure.", "single": "alr"}
     found = compute({"figure": figure, "key": claim, "lost": claim | {"suite": "nothing"}}, root)
-    page = pages.register(found)
+    page = pages.claims_table(found)
     chapter, first, lost, last = rows(page)
     assert "99_none" in chapter and "alr &lt; v10." in first and "&lt; 0.5" in first and ">supported</span>" in first
     assert "−0.180<br>" in first and "nats" in first and 'title="seeds 0, 1, 2"' in first
@@ -96,11 +97,11 @@ def test_the_register_has_a_row_a_claim_with_rule_value_and_verdict(root):
 
 def test_register_records_and_claims_json_agree():
     """Every claim again, from the records as committed: to the byte."""
-    assert dumps(compute(load())) == claims.REGISTRY.read_text(encoding="utf-8"), "make claims, then look what changed"
+    assert dumps(compute(load())) == CLAIMS_JSON.read_text(encoding="utf-8"), "make claims, then look what changed"
 
 
 def test_every_claim_names_arms_metric_and_chapter_that_exist():
-    planned = {path.stem: suites.load(path) for path in (ROOT / "data" / "suites").glob("*.toml")}
+    planned = {path.stem: suites.load(path) for path in SUITES.glob("*.toml")}
     ends = {"val_loss", "val_bpb", "train_loss", "rank_mean", "params_blocks", "params_total", "flops", "seconds"}
     contents = (ROOT / "book" / "_toc.yml").read_text(encoding="utf-8")
     assert len(load()) >= 15
@@ -133,7 +134,7 @@ def test_the_leaderboard_shows_the_records():
     suite_ = pages.recorded("evolution")
     there = suite_.ends.groupby("arm")["val_loss"].mean().to_dict() if suite_ else {}
     assert {arm for arm, loss in arms if loss} == set(there), "make refresh ONLY=leaderboard"
-    assert {arm for arm, _ in arms} == {a.name for a in suites.load(ROOT / "data" / "suites" / "evolution.toml").arms}
+    assert {arm for arm, _ in arms} == {a.name for a in suites.load(SUITES / "evolution.toml").arms}
     for arm, loss in arms:
         assert not loss or float(loss) == pytest.approx(there[arm], abs=1e-6), f"{arm}: make refresh ONLY=leaderboard"
 
@@ -164,11 +165,11 @@ def test_every_committed_record_is_of_a_run_that_a_suite_still_plans():
     if not records():
         pytest.skip("no suite is recorded yet")
     wanted = {}
-    for path in (ROOT / "data" / "suites").glob("*.toml"):
+    for path in SUITES.glob("*.toml"):
         s = suites.load(path)
-        for job in s.tuning_jobs() + s.jobs(suites.ROOT):
-            if job.path(suites.ROOT).exists():
-                wanted[job.path(suites.ROOT)] = recorded(job, s.recipe(job, suites.ROOT), suites.ROOT)
+        for job in s.tuning_jobs() + s.jobs(suites.DATA):
+            if job.path(suites.DATA).exists():
+                wanted[job.path(suites.DATA)] = recorded(job, s.recipe(job, suites.DATA), suites.DATA)
     assert {str(p.relative_to(RUNS)) for p in records()} == {str(p.relative_to(RUNS)) for p in wanted}
     assert [str(p.relative_to(RUNS)) for p, same in wanted.items() if not same] == []
 

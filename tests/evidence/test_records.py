@@ -1,17 +1,14 @@
-"""Laws of `alr.records` and `alr.stats`: what was written comes back, and what was touched is noticed."""
+"""Laws of `alr.evidence.records`: what was written comes back, and what was touched is noticed."""
 
 import hashlib
 import json
 import math
-import random
-import statistics
 
 import pytest
 from synthetic import log, suite, write
 
-from alr.evidence import stats
 from alr.lab.log import digest
-from alr.evidence.records import RecordError, check, leaderboard, natural, read, runs, thin, verify_digest
+from alr.evidence.records import RecordError, check, leaderboard, natural, read, run_and_end, runs, thin, verify_digest
 
 
 def parsed(lines):
@@ -188,63 +185,3 @@ def test_two_settings_under_one_name_are_not_averaged(tmp_path):
 
 def test_v2_stands_before_v10():
     assert sorted(["v10", "v2", "v7.10", "alr", "v7.2"], key=natural) == ["alr", "v2", "v7.2", "v7.10", "v10"]
-
-
-# -------------------------------------------------------------------------------------------------- statistics
-
-@pytest.mark.parametrize("df, t90, t95, t99", [         # two-sided; any printed table
-    (1, 6.314, 12.706, 63.657), (2, 2.920, 4.303, 9.925), (3, 2.353, 3.182, 5.841), (4, 2.132, 2.776, 4.604),
-    (5, 2.015, 2.571, 4.032), (9, 1.833, 2.262, 3.250), (10, 1.812, 2.228, 3.169), (30, 1.697, 2.042, 2.750),
-    (120, 1.658, 1.980, 2.617)])
-def test_t_quantiles_are_those_of_the_tables(df, t90, t95, t99):
-    for p, t in ((0.95, t90), (0.975, t95), (0.995, t99)):
-        assert round(stats.t_quantile(p, df), 3) == t
-        assert stats.t_quantile(1 - p, df) == -stats.t_quantile(p, df)
-        assert stats.t_cdf(stats.t_quantile(p, df), df) == pytest.approx(p, abs=1e-10)
-
-
-def test_t_becomes_the_normal_and_has_closed_forms():
-    assert stats.t_quantile(0.975, 1e7) == pytest.approx(statistics.NormalDist().inv_cdf(0.975), abs=1e-6)
-    for t in (-3.0, -0.5, 0.0, 0.1, 2.0, 40.0):
-        assert stats.t_cdf(t, 1) == pytest.approx(0.5 + math.atan(t) / math.pi, abs=1e-12)
-        assert stats.t_cdf(t, 2) == pytest.approx(0.5 + t / (2 * math.sqrt(2 + t * t)), abs=1e-12)
-    for p, df in ((0, 3), (1, 3), (0.5, 0)):
-        with pytest.raises(ValueError, match="wanted 0 < p < 1"):
-            stats.t_quantile(p, df)
-
-
-def test_intervals_of_known_samples():
-    m = stats.mean([1.0, 2.0, 3.0])
-    assert m == (2.0, pytest.approx(2 - 4.3026527 / math.sqrt(3)), pytest.approx(2 + 4.3026527 / math.sqrt(3)), 3)
-    assert stats.mean([2.5]) == (2.5, None, None, 1) and stats.mean([7.0, 7.0]) == (7.0, 7.0, 7.0, 2)
-    # pairs that differ by exactly 1 have no spread, however much the seeds do
-    a, b = [1.0, 5.0, 9.0], [2.0, 6.0, 10.0]
-    assert stats.compare(a, b, paired=True) == (-1.0, -1.0, -1.0, 3)
-    half = 2.7764451 * math.sqrt(32 / 3)                                        # equal variances 16, n = 3: df = 4
-    assert stats.compare(a, b, paired=False) == (-1.0, pytest.approx(-1 - half), pytest.approx(-1 + half), 3)
-    assert stats.compare([1.0, 2.0], [3.0], paired=False) == (-1.5, None, None, 1)
-    with pytest.raises(ValueError):
-        stats.compare([1.0, 2.0], [3.0], paired=True)
-    with pytest.raises(ValueError, match="no values"):
-        stats.mean([])
-    with pytest.raises(ValueError, match="'t' and 'bootstrap'"):
-        stats.mean([1.0, 2.0], "students")
-
-
-def test_95_percent_is_95_percent():
-    rng = random.Random(0)
-    for n in (2, 3, 5):
-        inside = 0
-        for _ in range(4000):
-            m = stats.mean([rng.gauss(1, 2) for _ in range(n)])
-            inside += m.low <= 1 <= m.high
-        assert 0.94 < inside / 4000 < 0.96                                      # three standard errors are 0.0103
-
-
-def test_the_bootstrap_is_the_same_twice_and_near_t_for_many_values():
-    x = [math.sin(i) for i in range(60)]
-    boot, t = stats.mean(x, "bootstrap"), stats.mean(x)
-    assert boot == stats.mean(x, "bootstrap") and boot.value == t.value
-    assert (boot.low, boot.high) == (pytest.approx(t.low, abs=0.02), pytest.approx(t.high, abs=0.02))
-    apart = stats.compare(x, [v + 3 for v in x], paired=False, method="bootstrap")
-    assert apart.low < -3 < apart.high and apart.high < -2.5

@@ -48,7 +48,7 @@ def make(tmp_path, monkeypatch):
     rng = random.Random(0)
     text = tmp_path / "text.txt"
     text.write_text("".join(rng.choice("abcdefgh \n") for _ in range(3000)), encoding="utf-8")
-    monkeypatch.setattr(suites, "ROOT", tmp_path)
+    monkeypatch.setattr(suites, "DATA", tmp_path)
     (tmp_path / "suites").mkdir()
 
     def make(body=ARMS, name="toy"):
@@ -65,24 +65,24 @@ def lines(path):
 def test_a_suite_runs_once_and_borrows_ranks(make):
     suite, root = make()
     assert "4 runs to make" in sweep.dry_run(suite, root)
-    assert sweep.sweep(suite, root=root) == 4
+    assert sweep.sweep(suite, data=root) == 4
     files = sorted(p.name for p in (root / "runs" / "toy").iterdir())
     assert files == ["alr.seed0.jsonl", "alr.seed1.jsonl", "held.seed0.jsonl", "held.seed1.jsonl"]
     for seed in (0, 1):
         a, b = (lines(root / "runs" / "toy" / f"{arm}.seed{seed}.jsonl")[-1] for arm in ("alr", "held"))
         assert sorted(a["ranks"].values()) == sorted(b["ranks"].values()) and a["params"] == b["params"]
-    assert sweep.sweep(suite, root=root) == 0
+    assert sweep.sweep(suite, data=root) == 0
     assert "0 runs to make" in sweep.dry_run(suite, root)
 
 
 def test_a_suite_can_be_shared_out_by_arm(make):
     suite, root = make()
     with pytest.raises(RuntimeError, match="held wait for ranks"):
-        sweep.sweep(suite, root=root, only=["held"])
+        sweep.sweep(suite, data=root, only=["held"])
     assert "2 runs to make" in sweep.dry_run(suite, root, only=["alr"])
-    assert sweep.sweep(suite, root=root, only=["alr"]) == 2 and sweep.sweep(suite, root=root, only=["held"]) == 2
+    assert sweep.sweep(suite, data=root, only=["alr"]) == 2 and sweep.sweep(suite, data=root, only=["held"]) == 2
     with pytest.raises(ValueError, match="no arm 'hold'; it has alr, held"):
-        sweep.sweep(suite, root=root, only=["hold"])
+        sweep.sweep(suite, data=root, only=["hold"])
 
 
 def test_an_interrupted_sweep_ends_in_the_same_records(make, monkeypatch):
@@ -99,12 +99,12 @@ def test_an_interrupted_sweep_ends_in_the_same_records(make, monkeypatch):
 
     monkeypatch.setattr(sweep, "train", dies_in_the_second_run)
     with pytest.raises(KeyboardInterrupt):
-        sweep.sweep(suite, root=root)
+        sweep.sweep(suite, data=root)
     assert [p.name for p in (root / "runs" / "toy").iterdir()] == ["alr.seed0.jsonl"]       # nothing half written
-    assert sweep.sweep(suite, root=root) == 3
+    assert sweep.sweep(suite, data=root) == 3
     again = root / "again"
     suite2, _ = make(name="toy")
-    sweep.sweep(suite2, root=again)
+    sweep.sweep(suite2, data=again)
     for path in (root / "runs" / "toy").iterdir():
         for a, b in zip(lines(path), lines(again / "runs" / "toy" / path.name), strict=True):
             for key in a.keys() - sweep.NOT_COMPARED:
@@ -113,9 +113,9 @@ def test_an_interrupted_sweep_ends_in_the_same_records(make, monkeypatch):
 
 def test_a_changed_configuration_is_run_again(make):
     suite, root = make()
-    sweep.sweep(suite, root=root)
+    sweep.sweep(suite, data=root)
     changed, _ = make(ARMS.replace("rank=12", "rank=11"))
-    assert sweep.sweep(changed, root=root) >= 2
+    assert sweep.sweep(changed, data=root) >= 2
 
 
 def test_a_field_younger_than_a_record_does_not_make_it_another_run():
@@ -135,14 +135,14 @@ name = "dense"
 recipe = "dense"
 """)
     assert "dense, once tuned" in sweep.dry_run(suite, root)
-    assert sweep.sweep(suite, root=root) == 4
+    assert sweep.sweep(suite, data=root) == 4
     assert suite.choose(root) == {"dense": {"lr": 1e-2}}                # 1e-5 learns nothing in twelve steps
     assert lines(root / "runs" / "toy" / "dense.seed0.jsonl")[0]["config"]["lr"] == 1e-2
 
 
 def test_verify_repeats_a_record_and_notices_a_changed_one(make):
     suite, root = make()
-    sweep.sweep(suite, root=root)
+    sweep.sweep(suite, data=root)
     assert "bit for bit" in sweep.verify(suite, root, seed=0)
     for path in (root / "runs" / "toy").iterdir():
         text = path.read_text(encoding="utf-8")
@@ -175,13 +175,13 @@ def test_a_missing_corpus_stops_before_the_first_run(make):
     suite, root = make()
     os.remove(root / "text.txt")
     with pytest.raises((ValueError, FileNotFoundError), match="text.txt"):
-        sweep.sweep(suite, root=root)
+        sweep.sweep(suite, data=root)
     assert not (root / "runs").exists()
 
 
 def test_an_unknown_suite_names_those_there_are(make, capsys):
     make()
-    assert sweep.main([str(suites.ROOT / "suites" / "no.toml")]) == 1
+    assert sweep.main([str(suites.DATA / "suites" / "no.toml")]) == 1
     assert "there are toy" in capsys.readouterr().err
 
 
@@ -198,7 +198,7 @@ def test_borrowed_ranks_keep_the_size():
 def test_one_cut_lands_on_the_borrowed_ranks(make):
     suite, root = make(ARMS.replace('recipe = "uniform"', 'recipe = "replace(uniform, rank=16, estimate=StableRank())"')
                        .replace("permuted", "cut"))
-    sweep.sweep(suite, root=root)
+    sweep.sweep(suite, data=root)
     a, b = (lines(root / "runs" / "toy" / f"{arm}.seed0.jsonl") for arm in ("alr", "held"))
     assert a[-1]["ranks"] == b[-1]["ranks"]
     assert {line["step"] for line in b if line["kind"] == "resize"} == {6}
@@ -206,7 +206,7 @@ def test_one_cut_lands_on_the_borrowed_ranks(make):
 
 def test_a_setting_that_the_run_does_not_read_makes_no_other_run(make):
     suite, root = make()
-    sweep.sweep(suite, root=root)
+    sweep.sweep(suite, data=root)
     job = suite.jobs(root)[0]
     path = job.path(root)
     first, rest = path.read_text(encoding="utf-8").split("\n", 1)

@@ -1,6 +1,8 @@
-"""What hooks see, and what is made of it: worth of directions, growth along the gradient."""
+"""Ways to change a rank, and importances that come from inputs and gradients."""
 
-from dataclasses import replace
+
+
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -9,11 +11,14 @@ from torch import nn
 
 import alr
 from alr import recipes
+from alr.axes import Factors, ResizeRule
 from alr.control import Schedule
+from alr.estimate import LossSpectrum, OutputSpectrum, loss_lost, output_energy
 from alr.factor import core, svd_core
 from alr.fisher import FisherCut
 from alr.linear import factorize_, low_rank_layers
-from alr.watch import GrowAlongGradient, LossSpectrum, OutputSpectrum, TwoWays, grow_along, loss_lost, output_energy
+from alr.observe import Seen
+from alr.resize import GrowAlongGradient, SvdCore, TwoWays, grow_along
 
 close = torch.testing.assert_close
 
@@ -102,22 +107,17 @@ def test_growth_sees_the_gradient_of_the_last_steps_and_uses_it_up():
     assert layer.U.grad[:, 4].norm() > 0
 
 
-def test_the_dense_gradient_is_the_one_that_a_formed_w_would_get():
-    model = net()
-    adapter = alr.RankAdapter(model, torch.optim.SGD(model.parameters(), 1e-3),
-                              replace(alr.recipes.alr, resize=GrowAlongGradient(steps=1), every=1, epoch=1), total_steps=9)
-    x = torch.randn(8, 10)
-    model(x).square().mean().backward()
-    layer = adapter.layers["2"]
-    W = layer.weight.detach().requires_grad_()
-    F.linear(torch.tanh(F.linear(x, adapter.layers["0"].weight, adapter.layers["0"].bias)), W,
-             layer.bias).square().mean().backward()
-    close(layer.dense_gradient, W.grad)
+@dataclass(frozen=True)
+class AlongOnes(ResizeRule):
+    """Grows along a gradient of ones, which no layer needs to be observed for."""
+
+    def __call__(self, U, V, k, seen=None):
+        return Factors(*grow_along(U, V, k, torch.ones(len(U), V.shape[1], dtype=U.dtype)))
 
 
 def test_two_ways_asks_one_rule_to_shrink_and_another_to_grow():
     U, V = factors()                                                # rank 5
-    ways = TwoWays(svd_core, lambda U, V, k: grow_along(U, V, k, torch.ones(len(U), V.shape[1], dtype=U.dtype)))
+    ways = TwoWays(SvdCore(), AlongOnes())
     close(ways(U, V, 3)[0], svd_core(U, V, 3)[0])
     assert ways(U, V, 6)[0].shape[1] == 6
     model = net()
@@ -127,6 +127,13 @@ def test_two_ways_asks_one_rule_to_shrink_and_another_to_grow():
     assert [(e.step, e.old, e.new) for e in events] == [(4, 4, 6)] * 2 + [(8, 6, 2)] * 2
     assert all(e.error < 1e-6 for e in events[:2])
     assert recipes.parse(repr(recipe)) == recipe
+
+
+def test_growth_without_a_gradient_is_random_and_leaves_w():
+    U, V = factors()
+    for seen in (None, Seen(4, 8.0)):
+        grown = GrowAlongGradient()(U, V, 6, seen)
+        close(grown.U @ grown.V, U @ V)
 
 
 def test_svd_core_and_growth_agree_on_shrinking():
