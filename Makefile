@@ -3,7 +3,7 @@
 
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
-.PHONY: help env book test train runs claims refresh lab bench pdf diff clean
+.PHONY: help env book test train runs claims refresh lab lint bench pdf diff clean
 
 PYTHON  ?= python3
 VENV    ?= .venv
@@ -82,6 +82,9 @@ lab: env ## open the notebooks in JupyterLab (installed on the first call, pinne
 	    $(PY) -m pip install --disable-pip-version-check -c constraints.txt -e ".[lab]"
 	@if [ "$$(id -u)" = 0 ]; then set -- --allow-root; else set --; fi; $(PY) -m jupyterlab "$$@" notebooks
 
+lint: env ## ruff over alr/, book/ and tests/ (ARGS=--fix mends what is safe to mend)
+	@$(PY) -m ruff check $(if $(filter command line,$(origin ARGS)),$(ARGS)) alr book tests
+
 bench: env ## time the resizes, the rank checks and the layer against their references (pytest-benchmark)
 	@set -- tests/bench_*.py; \
 	if [ ! -f "$$1" ]; then echo "no tests/bench_*.py to run"; exit 1; fi; \
@@ -92,6 +95,6 @@ pdf: env ## the book as one PDF, printed by Chromium or Chrome
 	@$(PY) book/build.py pdf --profile "$(PROFILE)"
 
 clean: ## remove everything built; the environment (.venv) and downloaded corpora (data/cache) stay
-	rm -rf _build .pytest_cache .hypothesis .benchmarks
+	rm -rf _build .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find alr book notebooks tests -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 	find notebooks -name .ipynb_checkpoints -prune -exec rm -rf {} + 2>/dev/null || true

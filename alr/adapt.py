@@ -8,6 +8,8 @@
 
 from __future__ import annotations
 
+import functools
+import numbers
 import time
 import warnings
 from dataclasses import dataclass, field, replace
@@ -19,11 +21,11 @@ from torch.optim import Optimizer
 
 from .axes import Control, Count, Estimate, Factors, GradientRule, Init, Op, Part, ResizeRule, Signal, StatePolicy, Whole, check
 from .control import Hold
-from .factor import break_even, gram, mix_change, relative_change
+from .factor import break_even, check_rank, gram, mix_change, relative_change, uncast
 from .group import Group
 from .init import Spectral
 from .linear import LowRankLinear, Where, dense_weight, factorize_, low_rank_layers, picks, refuse_wrapped, successor, unwrapped
-from .observe import Observer, Seen
+from .observe import PER, Observer, Seen
 from .resize import SvdCore
 from .state import Move, Plan, Swap, Transport, place_of
 
@@ -54,7 +56,8 @@ class Recipe:
     warmup: Whole = 0                   # no decision up to and including this step
     stop: Whole | None = None           # no decision after this step
     epoch: Count = 200
-    when: Literal["after", "before"] = "after"  # decide after the optimizer's step, or between backward and it (v3, v5 to v7.1)
+    when: Literal["after", "before", "validated"] = "after"     # decide after the optimizer's step; between backward and it
+                                        # (v3, v5 to v7.1); or, at an epoch's end, after it and the epoch's validation (v9)
     cap: Literal["break-even", "min"] = "break-even"    # no rank above mn/(m+n); "min": up to min(m, n), as in the scripts
     where: tuple[str, ...] = ("*",)     # layers, as shell patterns of names
     about: str = field(default="", repr=False, compare=False)   # one line for tables
@@ -118,7 +121,9 @@ class Recipe:
         if isinstance(self.rank, dict):
             return factorize_(model, self.rank, None, self.init, self.op)
         def start(name, linear):
-            return self.rank if isinstance(self.rank, float) else min(self.rank, self.limit(linear))
+            if isinstance(self.rank, float):
+                return self.rank
+            return min(self.control.for_layer(name).first_rank(self.rank), self.limit(linear))
         return factorize_(model, start, lambda name: picks(where, name) and picks(self.where, name), self.init, self.op)
 
 
@@ -142,6 +147,15 @@ def effective_number(target: float | Sequence[float]) -> float:
         return 1.0
     shares = [w / top for w in target]              # whatever scale the loss has
     return sum(shares) ** 2 / sum(w * w for w in shares)
+
+
+def full_precision(method: Callable) -> Callable:
+    """The method with autocast off, wherever its caller stands: factors are no activations."""
+    @functools.wraps(method)
+    def uncasted(self, *args, **kwargs):
+        with uncast(self._device):
+            return method(self, *args, **kwargs)
+    return uncasted
 
 
 class RankAdapter:
@@ -177,6 +191,8 @@ class RankAdapter:
                             "alr.recipes.parse(text).")
         model = unwrapped(model)
         refuse_wrapped(model, "RankAdapter")
+        if per not in PER:
+            raise ValueError(f"RankAdapter: per is {per!r}; wanted one of {', '.join(PER)}.")
         self.model, self.recipe, self.total_steps, self.per = model, recipe, total_steps, per
         self.optimizers = [bare(o) for o in ([optimizer] if isinstance(optimizer, Optimizer) else listed(optimizer))]
         self.group = group if isinstance(group, Group) else Group(group)
@@ -190,10 +206,7 @@ class RankAdapter:
         self.grouped: dict[str, tuple] = {}         # by recipe.gradient: layer -> what it did last
         self.observer: Observer | None = None       # while a window is open
         self._check_plan()
-        for name, layer in self.layers.items():
-            if "U" not in layer._parameters or "V" not in layer._parameters:
-                raise ValueError(f"RankAdapter: the factors of {name!r} are computed (parametrised or pruned), not Parameters "
-                                 "of their own, so their rank cannot change; undo that first.")
+        self._check_own()
         self._known = {name: (layer.U, layer.V) for name, layer in self.layers.items()}
         if self.layers:
             recipe.state.check(self.optimizers)
@@ -211,7 +224,7 @@ class RankAdapter:
 
     def _check_plan(self) -> None:
         r, total = self.recipe, self.total_steps
-        if total is not None and (isinstance(total, bool) or not isinstance(total, int) or total < 1):
+        if total is not None and (isinstance(total, bool) or not isinstance(total, numbers.Integral) or total < 1):
             raise ValueError(f"RankAdapter: total_steps is {total!r}; wanted the number of optimizer steps, at least 1.")
         if total is None and r.control.needs_total_steps:
             raise ValueError(f"RankAdapter: {type(r.control).__name__} plans over the whole run; write "
@@ -239,6 +252,12 @@ class RankAdapter:
         """Layers of which not both factors are trained; their rank stays."""
         return {name for name, layer in self.layers.items() if not (layer.U.requires_grad and layer.V.requires_grad)}
 
+    def _check_own(self) -> None:
+        for name, layer in self.layers.items():
+            if "U" not in layer._parameters or "V" not in layer._parameters:
+                raise ValueError(f"RankAdapter: the factors of {name!r} are computed (parametrised or pruned), not Parameters "
+                                 "of their own, so their rank cannot change; undo that first.")
+
     def check_held(self) -> None:
         """ValueError unless every trained factor is held by an optimizer, and every layer still stands in the model."""
         there = {id(mod) for mod in self.model.modules()}
@@ -246,6 +265,7 @@ class RankAdapter:
         if gone:
             raise ValueError(f"RankAdapter: {gone[0]!r} is no longer in the model (densified, or replaced): changing its rank "
                              "would change nothing. Make a new RankAdapter for the model as it is.")
+        self._check_own()
         held = {id(p) for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]}
         frozen = self.frozen
         loose = [name for name, layer in self.layers.items() if name not in frozen and name not in self.stale
@@ -295,6 +315,7 @@ class RankAdapter:
             self._warned.add(key)
             warnings.warn(f"RankAdapter: {text}", stacklevel=4)
 
+    @full_precision
     def step(self, loss: float | None = None) -> list[Resize]:
         """Count one optimizer step; when it is time, decide.  `loss`: a new validation loss, when there is one.
 
@@ -306,7 +327,7 @@ class RankAdapter:
                                "outside of torch.inference_mode().")
         if loss is not None:
             self.losses.append(float(loss))
-        after = self.recipe.when == "after"
+        after = self.recipe.when != "before"
         if after and self._since == 0 and self.optimizers:
             if self.observer is not None:
                 self.observer.settle()
@@ -319,6 +340,9 @@ class RankAdapter:
         if self.observer is not None:
             self.observer.commit()
         events = self.adapt() if self.recipe.due(self.steps) else []
+        if self.recipe.state.zero:
+            for name in self.stale:
+                self.layers[name].U.grad = self.layers[name].V.grad = None
         self._arm()
         return events
 
@@ -354,6 +378,7 @@ class RankAdapter:
     # ---------------------------------------------------------------- decisions
 
     @torch.no_grad()
+    @full_precision
     def adapt(self) -> list[Resize]:
         """Decide now, whatever the clock says: estimate every layer, ask the controller, change what it wants changed.
 
@@ -380,7 +405,12 @@ class RankAdapter:
         if isinstance(said, Exception):
             raise said
         wanted, memory, targets = said
-        events = self._resize({name: k for name, old, k in zip(self.layers, ranks, wanted) if k != old}, targets, seen)
+        again = self.recipe.control.again(memory, signal) or [False] * len(ranks)
+        changed = {name: k for name, old, k, anew in zip(self.layers, ranks, wanted, again, strict=True)
+                   if k != old or anew and name not in self.frozen}
+        events = self._resize(changed, targets, seen)
+        if not changed and self.recipe.state.always:
+            self.recipe.state.plan(self.optimizers, ()).apply()
         self.memory = memory
         self.seconds += time.perf_counter() - start
         return events
@@ -390,6 +420,10 @@ class RankAdapter:
         r = self.recipe
         try:
             self._check_finite()
+            live = [layer for name, layer in self.layers.items() if name not in self.frozen]
+            if r.estimate.gradients and live and all(layer.U.grad is None and layer.V.grad is None for layer in live):
+                raise ValueError(f"RankAdapter: {r.estimate!r} reads gradients, and no layer has one. Call adapter.step() after "
+                                 "backward and optimizer.step(), before the gradients are zeroed.")
             unseen = set(self.layers) - set(seen) if r.observes and not r.control.finished(ranks, self.memory, signal) else set()
             held = self.frozen | self._bypassed(seen) | unseen
             targets = {name: at_rest(r.estimate, layer) if name in held else
@@ -426,18 +460,22 @@ class RankAdapter:
         return next((layer.U.device for layer in self.layers.values()), torch.device("cpu"))
 
     @torch.no_grad()
+    @full_precision
     def resize(self, ranks: dict[str, int]) -> list[Resize]:
         """Give the named layers these ranks now; the optimizer is told in the same breath.  All or nothing.
 
         ValueError for a layer that is not there, or a rank that it cannot have.
         """
+        if not isinstance(ranks, dict):
+            raise ValueError(f"RankAdapter.resize: ranks is {ranks!r}; wanted {{layer name: rank}}.")
         self._adopt()
         unknown = [name for name in ranks if name not in self.layers]
         if unknown:
             raise ValueError(f"RankAdapter: {unknown[0]!r} is no layer of this adapter; there are "
                              f"{len(self.layers)}, the first is {next(iter(self.layers), None)!r}.")
         self.check_held()
-        return self._resize({name: int(k) for name, k in ranks.items()}, {}, {})
+        return self._resize({name: check_rank(k, self.layers[name].out_features, self.layers[name].in_features,
+                                              "RankAdapter.resize", name) for name, k in ranks.items()}, {}, {})
 
     def _resize(self, ranks: dict[str, int], targets: dict[str, float], seen: dict[str, Seen]) -> list[Resize]:
         if not ranks:
@@ -511,26 +549,22 @@ class RankAdapter:
 
         Where the optimizer's state was loaded too, it is of the new shapes and stays; other state is dropped.
         """
+        adopt(self.optimizers, self._known, self.layers)
         for name, layer in self.layers.items():
-            for old, new in zip(self._known[name], (layer.U, layer.V)):
-                if old is new:
-                    continue
-                found = place_of(self.optimizers, old)
-                if found is not None and place_of(self.optimizers, new) is None:
-                    state = found[0].state.get(old, {})
-                    fits = all(not isinstance(x, torch.Tensor) or x.dim() == 0 or x.shape == new.shape or
-                               (x.dim() == 1 and len(x) in new.shape) for x in state.values())
-                    Plan((Move(*found, old, new, dict(state) if fits else {}),)).apply()
             self._known[name] = (layer.U, layer.V)
 
     def state_dict(self) -> dict:
         """What is needed, with the model's and the optimizer's own, to go on as if never stopped.
 
-        Plain numbers, and while a window is open the tensors of what was seen so far.
+        Plain numbers; while a window is open the tensors of what was seen so far, and under `Stale` the summed gradients of
+        the frozen factors.
         """
         return {"recipe": repr(self.recipe), "layers": {name: list(shape) for name, shape in zip(self.layers, self.shapes)},
-                "total_steps": self.total_steps, "steps": self.steps, "memory": self.memory, "losses": list(self.losses),
-                "seconds": self.seconds, "stale": {name: [list(s) for s in shapes] for name, shapes in self.stale.items()},
+                "total_steps": self.total_steps, "steps": self.steps, "since": self._since, "memory": self.memory,
+                "losses": list(self.losses), "seconds": self.seconds,
+                "stale": {name: [list(s) for s in shapes] for name, shapes in self.stale.items()},
+                "sums": {name: [None if p.grad is None else p.grad.clone() for p in (self.layers[name].U, self.layers[name].V)]
+                         for name in self.stale},
                 "seen": None if self.observer is None else self.observer.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
@@ -539,6 +573,8 @@ class RankAdapter:
         ValueError for a state of other layers, or of another recipe.  Factors that loading the model has replaced are put
         into the optimizers; what no optimizer holds then is refused, as at the start.
         """
+        if missing := set(self.state_dict()) - set(state if isinstance(state, dict) else ()):
+            raise ValueError(f"RankAdapter: {sorted(missing)[0]!r} is not in the state; wanted what adapter.state_dict() gave.")
         shapes = {name: list(shape) for name, shape in zip(self.layers, self.shapes)}
         if state["layers"] != shapes:
             other = sorted(set(state["layers"]) ^ set(shapes)) or [name for name in shapes if state["layers"][name] != shapes[name]]
@@ -547,7 +583,7 @@ class RankAdapter:
         if state["recipe"] != repr(self.recipe):
             raise ValueError(f"RankAdapter: the state is of recipe {state['recipe']}, and this adapter has {self.recipe!r}.")
         self.steps = self._taken = state["steps"]
-        self._counts, self._mark = [0] * len(self.optimizers), None
+        self._counts, self._mark = [state["since"]] * len(self.optimizers), None
         self.memory, self.losses, self.seconds = state["memory"], list(state["losses"]), state["seconds"]
         self._adopt()
         for name, kept in state["stale"].items():
@@ -558,6 +594,8 @@ class RankAdapter:
                     stand_in = nn.Parameter(p.new_zeros(shape))
                     Plan((Move(*found, p, stand_in, found[0].state.get(p, {})),)).apply()
             self.stale[name] = [tuple(s) for s in kept]
+            for p, total in zip((layer.U, layer.V), state["sums"][name]):
+                p.grad = None if total is None else total.to(p).clone()
         self.check_held()
         if self.observer is not None:
             self.observer.remove()
@@ -578,6 +616,19 @@ class RankAdapter:
 def at_rest(estimate: Estimate, layer: LowRankLinear) -> float | tuple[float, ...]:
     """What stands for the estimate of a layer whose rank cannot change."""
     return (0.0,) * layer.rank if estimate.gives == "spectrum" else float(layer.rank)
+
+
+def adopt(optimizers: Sequence[Optimizer], known: dict[str, tuple[nn.Parameter, nn.Parameter]],
+          layers: dict[str, LowRankLinear]) -> None:
+    """Optimizers that hold the factors `known`, (U, V) by layer, get those that the layers have now; see `RankAdapter._adopt`."""
+    for name, pair in known.items():
+        for old, new in zip(pair, (layers[name].U, layers[name].V)):
+            found = None if old is new else place_of(optimizers, old)
+            if found is not None and place_of(optimizers, new) is None:
+                state = found[0].state.get(old, {})
+                fits = all(not isinstance(x, torch.Tensor) or x.dim() == 0 or x.shape == new.shape or
+                           (x.dim() == 1 and len(x) in new.shape) for x in state.values())
+                Plan((Move(*found, old, new, dict(state) if fits else {}),)).apply()
 
 
 def bare(optimizer: Optimizer) -> Optimizer:

@@ -206,7 +206,7 @@ class Control(Axis):
     needs_total_steps: ClassVar[bool] = False       # does it plan over the whole run?
     wants: ClassVar[str | None] = "number"          # which targets it reads: an estimate's `gives`; None: any
 
-    def start(self, rank: int) -> int:
+    def first_rank(self, rank: int) -> int:
         """The rank that a layer is made with where the recipe says `rank`: more, if no layer may start that low."""
         return rank
 
@@ -255,8 +255,8 @@ class StatePolicy(Axis):
     """What does the optimizer remember of a layer whose rank has changed?"""
 
     tells: ClassVar[bool] = True        # does the optimizer learn of the new Parameters at all?
-    zero: bool = False                  # where it does not: are their gradients cleared all the same, step by step?
-    always: bool = False                # is it asked at every decision, also where no rank changes?
+    zero: ClassVar[bool] = False        # where it does not: are their gradients cleared all the same, step by step?
+    always: ClassVar[bool] = False      # is it asked at every decision, also where no rank changes?
 
     def check(self, optimizers: Sequence[Optimizer]) -> None:
         """TypeError for an optimizer whose state it does not understand."""

@@ -70,7 +70,7 @@ class Bidirectional(Control):
     max_step: Count = 4
     min_rank: Count = 8
 
-    def start(self, rank):
+    def first_rank(self, rank):
         return max(rank, self.min_rank)                             # script v10: init_rank 4 starts at 8
 
     def init(self, ranks):

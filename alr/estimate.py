@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .axes import Count, Estimate, Init, Part, Whole
-from .factor import core, gram, singular_values, working
+from .factor import core, gram, singular_values, uncast, working
 from .init import Spectral
 
 
@@ -38,7 +38,8 @@ def stable_rank_power(W: Tensor, iters: int = 5) -> float:
     a few to thirty percent because five cold iterations do not find sigma_max.  (m, n) -> float in [1, min(m, n)]; 1 for 0.
     """
     W = W.detach().to(working(W.dtype))
-    sigma2 = power_sigma(W, iters).item() ** 2 + 1e-8
+    with uncast(W.device):
+        sigma2 = power_sigma(W, iters).item() ** 2 + 1e-8
     return min(max(W.square().sum().item() / sigma2, 1.0), float(min(W.shape)))
 
 
@@ -51,8 +52,9 @@ def stable_rank(U: Tensor, V: Tensor, squarings: int = 7) -> float:
     """
     U, V = U.detach(), V.detach()
     wide = working(U.dtype)
-    Gu = (U.to(wide).mT @ U.to(wide)).cpu().numpy()                 # (r, r); numpy: a tenth of torch's cost per call,
-    Gv = (V.to(wide) @ V.to(wide).mT).cpu().numpy()                 # (r, r)  and r x r work is nothing but calls
+    with uncast(U.device):
+        Gu = (U.to(wide).mT @ U.to(wide)).cpu().numpy()             # (r, r); numpy: a tenth of torch's cost per call,
+        Gv = (V.to(wide) @ V.to(wide).mT).cpu().numpy()             # (r, r)  and r x r work is nothing but calls
     fro2 = float(np.vdot(Gu, Gv))
     if not 1e-30 < fro2 < 1e30:                                     # too far out for float32: once more, wider
         Gu, Gv = gram(U).numpy(), gram(V.mT).numpy()                # (r, r), (r, r)

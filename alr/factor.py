@@ -8,8 +8,10 @@ are: it costs nothing there, it is the same on every device, and MPS has neither
 
 from __future__ import annotations
 
+import contextlib
 import math
 import numbers
+from typing import Iterator
 
 import torch
 from torch import Tensor
@@ -49,6 +51,16 @@ def check_rank(k: int | float, m: int, n: int, who: str = "resize", layer: str =
 def working(dtype: torch.dtype) -> torch.dtype:
     """The precision that arithmetic on numbers of this dtype is done in: float32, or wider where they are."""
     return torch.promote_types(dtype, torch.float32)
+
+
+@contextlib.contextmanager
+def uncast(device: torch.device) -> Iterator[None]:
+    """Products in the dtype of their factors, also inside of the caller's autocast."""
+    if not torch.amp.is_autocast_available(device.type):            # meta has none
+        yield
+        return
+    with torch.autocast(device.type, enabled=False):
+        yield
 
 
 def halves(P: Tensor, S: Tensor, Zt: Tensor) -> tuple[Tensor, Tensor]:
@@ -145,7 +157,8 @@ def svd_full(U: Tensor, V: Tensor, k: int, eps: float = 0.0, split: str = "sqrt"
     m, n = U.shape[0], V.shape[1]
     check_rank(k, m, n)
     wide = working(U.dtype)                                         # no half-precision SVD anywhere
-    W = (U.detach() @ V.detach()).cpu().to(wide)                    # (m, n)
+    with uncast(U.device):
+        W = (U.detach() @ V.detach()).cpu().to(wide)                # (m, n)
     P, S, Zt = torch.linalg.svd(W, full_matrices=False)             # (m, q), (q,), (q, n)
     P, S, Zt = P[:, :k], S[:k], Zt[:k]                              # (m, k), (k,), (k, n)
     if split == "sqrt":
@@ -160,8 +173,9 @@ def svd_full(U: Tensor, V: Tensor, k: int, eps: float = 0.0, split: str = "sqrt"
 def mixed(U: Tensor, V: Tensor, A: Tensor, B: Tensor) -> Factors:
     """The factors U A, B V, in the dtype and on the device of the old ones.  (m, r), (r, n), (r, k), (k, r) -> `Factors`."""
     wide = working(U.dtype)                                         # as exact here as forming W in that dtype would be
-    U2 = (U.detach().to(wide) @ A.to(U.device, wide)).to(U)         # (m, k)
-    V2 = (B.to(V.device, wide) @ V.detach().to(wide)).to(V)         # (k, n)
+    with uncast(U.device):
+        U2 = (U.detach().to(wide) @ A.to(U.device, wide)).to(U)     # (m, k)
+        V2 = (B.to(V.device, wide) @ V.detach().to(wide)).to(V)     # (k, n)
     return Factors(U2, V2, (A, B))
 
 

@@ -5,6 +5,7 @@ Dims: m out_features, n in_features, r rank.  U (m, r), V (r, n), W = U V (m, n)
 
 from __future__ import annotations
 
+import numbers
 import warnings
 from collections import Counter
 from fnmatch import fnmatchcase
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .axes import Init
-from .factor import check_rank
+from .factor import check_rank, uncast
 from .init import Fresh, Spectral
 
 Where = Callable[[str], bool] | str | Sequence[str] | None     # which layers: a test, or shell patterns, of their names
@@ -160,7 +161,9 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def refuse_wrapped(model: nn.Module, who: str) -> None:
-    """ValueError for a model of which somebody else holds the parameters: DDP, FSDP, DTensor, peft."""
+    """ValueError for a model of which somebody else holds the parameters: DDP, FSDP, DTensor, peft.  TypeError for none."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{who}: the model is {model!r}; wanted an nn.Module, such as nn.Sequential(nn.Linear(8, 8)).")
     for name, mod in model.named_modules():
         at = f" (at {name!r})" if name else ""
         if isinstance(mod, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
@@ -204,7 +207,10 @@ def left_out(model: nn.Module) -> Counter:
     for mod in model.modules():
         own = dict(mod._parameters)
         if hasattr(mod, "parametrizations"):
-            own |= {name: part.original for name, part in mod.parametrizations.items() if hasattr(part, "original")}
+            own |= {f"{name}.{key}": p for name, part in mod.parametrizations.items() for key, p in part._parameters.items()}
+        if any(nn.parameter.is_lazy(p) for p in own.values()):      # its shape is not known yet
+            found[type(mod).__name__] += 1
+            continue
         matrices = sum(p is not None and p.dim() >= 2 and min(p.shape) > 1 for p in own.values())
         if matrices and not isinstance(mod, skip) and id(mod) not in taken and "ParametrizationList" not in type(mod).__name__:
             found[type(mod).__name__] += 1
@@ -241,6 +247,9 @@ def factorize_(model: nn.Module, rank: int | float | Mapping[str, int | float] |
                                                              or hasattr(rank, "__float__")):
         raise ValueError(f"factorize_: rank is {rank!r}; wanted a whole number, a share such as 0.5, {{name: number}} or a "
                          "function (name, linear) -> number.")
+    if isinstance(init, type) or not callable(init):
+        raise ValueError(f"factorize_: init is {init!r}; wanted a start such as alr.init.Spectral(), or a function "
+                         "(weight, rank) -> (U, V).")
     linears = dense_layers(model)
     if "" in linears:
         raise ValueError("factorize_: the model is itself a linear layer and cannot be replaced in place; "
@@ -274,7 +283,7 @@ def factorize_(model: nn.Module, rank: int | float | Mapping[str, int | float] |
         try:
             ranks[name] = check_rank(k, m, n, "factorize_", name)
         except ValueError as error:
-            if isinstance(rank, Mapping) or callable(rank) or isinstance(k, float):
+            if isinstance(rank, Mapping) or callable(rank) or not isinstance(k, numbers.Integral) or isinstance(k, bool) or k < 1:
                 raise
             raise ValueError(f"{error} For another rank in small layers: rank=lambda name, linear: "
                              f"min({k}, linear.in_features, linear.out_features).") from None
@@ -282,7 +291,8 @@ def factorize_(model: nn.Module, rank: int | float | Mapping[str, int | float] |
     for name, k in ranks.items():                                   # all of them, before the first is put in
         start = init.for_layer(name) if isinstance(init, Init) else init
         try:
-            made[name] = LowRankLinear.from_linear(linears[name], k, start)
+            with uncast(linears[name].weight.device):
+                made[name] = LowRankLinear.from_linear(linears[name], k, start)
         except (ValueError, torch.linalg.LinAlgError) as error:
             raise ValueError(f"factorize_: {name!r}: {error}") from error
         if op is not None:
@@ -367,7 +377,8 @@ def densify_(model: nn.Module, only_if_larger: bool = False) -> nn.Module:
     if "" in layers:
         raise ValueError("densify_: the model is itself a LowRankLinear and cannot be replaced in place.")
     for name, low in layers.items():
-        W = low.weight                                              # (m, n)
+        with uncast(low.U.device):
+            W = low.weight                                          # (m, n)
         if low.dense is nn.Linear:
             dense = nn.Linear(low.in_features, low.out_features, bias=low.bias is not None, device="meta")
         else:

@@ -38,6 +38,7 @@ from .group import Group
 from .linear import LowRankLinear, factored
 
 FIELDS = ("input_moment", "grad_moment", "importance", "weight_gradient")
+PER = ("auto", "row", "example")        # what a term of the loss may belong to
 
 
 class Seen(NamedTuple):
@@ -232,6 +233,8 @@ class Observer:
         self.needs, self.steps, self.per, self.group = frozenset(needs), steps, per, group
         if unknown := self.needs - set(FIELDS):
             raise ValueError(f"Observer: {sorted(unknown)[0]!r} cannot be observed; there are {', '.join(FIELDS)}.")
+        if per not in PER:
+            raise ValueError(f"Observer: per is {per!r}; wanted one of {', '.join(PER)}.")
         self.layers = dict(layers)
         for name, layer in self.layers.items():
             if layer.op is not factored and not isinstance(layer.op, Watched):

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
+from .factor import working
 from .linear import low_rank_layers, refuse_wrapped, unwrapped
 from .rules import SCALES, Pair, Rule, Settings, Spectron, exact
+from .state import Swap
 
 DECAYS = ("factors", "product")
 
@@ -112,6 +114,12 @@ class PairOptimizer(Optimizer):
     def __getstate__(self) -> dict:                         # torch's leaves out what it does not know
         return super().__getstate__() | {key: getattr(self, key) for key in ("rule", "pair_defaults", "rest_defaults")}
 
+    def carry(self, group: dict, swap: Swap, s_U: dict, s_V: dict) -> tuple[dict, dict] | None:
+        """The state of a pair whose factors change, in the rule's way (`state.Transport`); None where AdamW holds them."""
+        if group["kind"] != "pairs":
+            return None
+        return self.rule.carry(swap, s_U, s_V) if s_U and s_V else ({}, {})
+
     def fresh_state(self, group: dict, p: nn.Parameter) -> dict:
         """What a new factor begins with when its state is reset: made with the next step."""
         return {}
@@ -153,19 +161,34 @@ class PairOptimizer(Optimizer):
         params = [p for p in group["params"] if p.grad is not None]
         if not params:
             return
-        for p in params:
+        wide = [working(p.dtype) for p in params]       # squares of gradients underflow in float16, and stand still in bfloat16
+        for p, dtype in zip(params, wide):
             state = self.state[p]
             if not state:
                 fused = p.device.type in ("cuda", "cpu") and p.is_floating_point()
                 state["step"] = torch.zeros((), dtype=torch.float32, device=p.device if fused else "cpu")
-                state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-                state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+                state["exp_avg"] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
+                state["exp_avg_sq"] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
         states = [self.state[p] for p in params]
         kinds = {(p.device.type, p.is_floating_point()) for p in params}
-        adamw(params, [p.grad for p in params], [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states], [],
+        moved = [p.to(dtype) for p, dtype in zip(params, wide)]     # itself, where it is wide enough
+        adamw(moved, [p.grad.to(dtype) for p, dtype in zip(params, wide)], [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states], [],
               [s["step"] for s in states], fused=kinds <= {("cuda", True), ("cpu", True)}, amsgrad=False,
               beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"], weight_decay=group["weight_decay"],
               eps=group["eps"], maximize=False)
+        for p, x in zip(params, moved):
+            if x is not p:
+                p.copy_(x)
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict) -> None:
+        """As torch's, but that AdamW's moments of float16 and bfloat16 parameters stay in float32."""
+        super().load_state_dict(state_dict)
+        places = [i for group in state_dict["param_groups"] for i in group["params"]]
+        for i, p in zip(places, [p for group in self.param_groups for p in group["params"]], strict=True):
+            for key, x in state_dict["state"].get(i, {}).items():
+                if isinstance(x, Tensor) and x.dim() and x.dtype != self.state[p][key].dtype:
+                    self.state[p][key] = x.detach().to(p.device, copy=True)
 
 
 def check_pairs(listed: list[tuple]) -> None:

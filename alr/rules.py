@@ -1,5 +1,7 @@
 """How does one pair of factors step?  Update rules of `optim.PairOptimizer`, each a value with a reference beside it.
 
+Here are the rules that see two factors, `Spectron` and `LoRAMuon`; those that see a point of a manifold stand in `tangent`.
+
 Dims: m out_features, n in_features, r rank, W = U V.  U (m, r), V (r, n); g_U, g_V gradients of the same shapes.  A side is
 U or V^T, (L, r) with L = m or n; b sides of one length L and like rank are worked on together, padded with zero columns to
 the largest rank R of them.
@@ -13,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Iterator, NamedTuple, Sequence
+from typing import Iterator, NamedTuple, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +23,7 @@ from torch import Tensor, nn
 
 from .axes import Axis
 from .factor import working
+from .state import Swap, basis, carry
 
 BUCKET = 64     # sides whose ranks lie in one stretch of so many are worked on together (ours; wider ones waste their padding)
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)    # of the quintic that sends singular values towards 1; Muon (Jordan 2024)
@@ -51,12 +54,7 @@ class Settings(NamedTuple):
 
 
 class Rule(Axis):
-    """A rule that moves U and V by their gradients.
-
-    carries: does its state follow a change of rank by `state.Transport`?
-    """
-
-    carries: ClassVar[bool] = True
+    """A rule that moves U and V by their gradients."""
 
     def state(self, U: Tensor, V: Tensor) -> tuple[dict, dict]:
         """What is remembered of U and of V at the start."""
@@ -69,6 +67,16 @@ class Rule(Axis):
     def step(self, pairs: Sequence[Pair], settings: Settings) -> None:
         """One step of all pairs, in place."""
         raise NotImplementedError
+
+    def carry(self, swap: Swap, s_U: dict, s_V: dict) -> tuple[dict, dict]:
+        """The state of a pair whose factors have changed, for `state.Transport`: -> s_U', s_V'.  Nothing in place.
+
+        For averages of gradients and vectors along a factor's long side; a rule with other state has its own.
+        """
+        T_U, T_V = basis(swap)                                      # (r, k), (k, r)
+        wide = working(swap.U2.dtype)
+        return (carry(s_U, swap.U, T_U.to(swap.U2.device, wide), "right", None),
+                carry(s_V, swap.V, T_V.mT.to(swap.V2.device, wide), "left", None))
 
 
 def shape_scale(name: str, m: int, n: int) -> float:
@@ -136,6 +144,21 @@ def whitener(G: Tensor, steps: int = 5) -> Tensor:
     return Q
 
 
+def inverse_root(G: Tensor, floor: float = 1e-5) -> Tensor:
+    """(G + floor ||G||_F I)^(-1/2), for a positive semidefinite G.  (..., r, r) -> (..., r, r), float32 or wider.
+
+    `whitener` and six steps of Newton (Guo & Higham 2006) for what the quintic leaves of it.  Products only.  O(r^3).
+    """
+    eye = torch.eye(G.shape[-1], device=G.device, dtype=G.dtype)    # (r, r)
+    G = G + floor * G.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-30) * eye       # (..., r, r)
+    Q = whitener(G)                                                 # (..., r, r)
+    M = Q @ G @ Q                                                   # (..., r, r), near to I
+    for _ in range(6):
+        T = 1.5 * eye - 0.5 * M                                     # (..., r, r)
+        Q, M = Q @ T, T @ M @ T
+    return Q
+
+
 def power_step(X: Tensor, x: Tensor, times: int = 1) -> Tensor:
     """Power iteration for the longest left direction of X: (..., L, r), (..., L) -> (..., L), of length 1."""
     x = x[..., None]                                                # (..., L, 1)
@@ -167,6 +190,34 @@ def buckets(sides: Sequence[Tensor]) -> list[list[int]]:
     return list(found.values())
 
 
+def alike(pairs: Sequence[Pair]) -> list[list[Pair]]:
+    """Pairs that are worked on together: of one shape, device and dtype, and of like rank.
+
+    On the CPU of equal rank: padding costs there, and a pair by itself costs nothing more.
+    """
+    found: dict[tuple, list[Pair]] = {}
+    for pair in pairs:
+        (m, r), n, device = pair.U.shape, pair.V.shape[1], pair.U.device
+        like = r if device.type == "cpu" else -(-r // BUCKET)
+        found.setdefault((m, n, like, device, pair.U.dtype), []).append(pair)
+    return list(found.values())
+
+
+def averaged(pairs: Sequence[Pair], settings: Settings) -> list[Tensor]:
+    """The momenta of all factors, brought up to date in place, with Nesterov's look ahead: [U's, V's, U's, ...]."""
+    momenta = [s["momentum_buffer"] for pair in pairs for s in (pair.s_U, pair.s_V)]
+    grads = [g.to(M.dtype) for g, M in zip((g for pair in pairs for g in (pair.g_U, pair.g_V)), momenta)]
+    torch._foreach_lerp_(momenta, grads, 1 - settings.momentum)
+    return torch._foreach_lerp(grads, momenta, settings.momentum) if settings.nesterov else momenta
+
+
+def average(g: Tensor, M: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
+    """One factor's new momentum, and that with Nesterov's look ahead: the reference of `averaged`."""
+    g = g.to(M.dtype)
+    M = M.lerp(g, 1 - settings.momentum)
+    return M, g.lerp(M, settings.momentum) if settings.nesterov else M
+
+
 # ------------------------------------------------------------------------------------------------ the rules
 
 @dataclass(frozen=True)
@@ -192,8 +243,7 @@ class Spectron(Rule):
         for g, s, side in ((g_U, s_U, U), (g_V.mT, s_V, V.mT)):
             wide = working(side.dtype)
             old = s["momentum_buffer"] if side is U else s["momentum_buffer"].mT    # (L, r)
-            M = old.lerp(g.to(old.dtype), 1 - settings.momentum)                    # (L, r)
-            X = g.to(old.dtype).lerp(M, settings.momentum) if settings.nesterov else M
+            M, X = average(g, old, settings)                                        # (L, r), (L, r)
             moved.append(orthogonalize(X.to(wide), settings.ns_steps))              # (L, r)
             x = power_step(side.to(wide), s["direction"].to(wide))                  # (L,)
             sigmas.append((side.to(wide).mT @ x).norm())
@@ -205,11 +255,7 @@ class Spectron(Rule):
     def step(self, pairs, settings):
         params = [p for pair in pairs for p in (pair.U, pair.V)]
         states = [s for pair in pairs for s in (pair.s_U, pair.s_V)]
-        momenta = [s["momentum_buffer"] for s in states]
-        grads = [g.to(M.dtype) for pair in pairs for g, M in ((pair.g_U, pair.s_U["momentum_buffer"]),
-                                                              (pair.g_V, pair.s_V["momentum_buffer"]))]
-        torch._foreach_lerp_(momenta, grads, 1 - settings.momentum)
-        moves = torch._foreach_lerp(grads, momenta, settings.momentum) if settings.nesterov else momenta
+        moves = averaged(pairs, settings)
         def side(x, i):
             return x.mT if i % 2 else x                             # even: U (m, r), odd: V (r, n) -> (L, r)
         weights, moved = [side(p, i) for i, p in enumerate(params)], [side(x, i) for i, x in enumerate(moves)]
@@ -233,24 +279,87 @@ class Spectron(Rule):
         torch._foreach_sub_(params, [u.to(p.dtype) for u, p in zip(updates, params)])
 
 
-def decayed(U: Tensor, V: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class LoRAMuon(Rule):
+    """Muon in the metric of the partner's Gram matrix (LoRA-Muon 2026), with the decay of the product that goes with it.
+
+    With S_U = U^T U, S_V = V V^T and the momenta M_U, M_V: dU = -lr/2 sign(M_U S_V^-1/2) S_V^-1/2 and
+    dV = -lr/2 S_U^-1/2 sign(S_U^-1/2 M_V).  Each half of dU V + U dV has a spectral norm of about lr / 2, so the change of W
+    is one of about lr at most, however W is split.  U' = s U + dU / s and V' = s V + dV / s with s^2 = 1 - lr * weight_decay
+    shrink W by all of it and leave the step undivided; decay "product" is `decayed`, then the step.
+
+    From a public implementation (da462/spectron): the step and the floor of the roots, 1e-5 of a Gram matrix's norm.  Not
+    here: the scalar rebalancing now and then, whose interval is not known.  Ours: Muon's quintic for the sign, `ns_steps`
+    of it, in place of eight steps of Polar Express; momentum as `settings` say.
+    State per factor: momentum_buffer, in the factor's dtype.
+    """
+
+    def state(self, U, V):
+        return tuple({"momentum_buffer": torch.zeros_like(p, memory_format=torch.preserve_format)} for p in (U, V))
+
+    def reference(self, U, V, g_U, g_V, s_U, s_V, settings):
+        wide = working(U.dtype)
+        half = 0.5 * settings.lr * shape_scale(settings.adjust_lr_fn, U.shape[0], V.shape[1])
+        moved, states = [], []
+        for g, s, partner in ((g_U, s_U, V.mT), (g_V.mT, s_V, U)):
+            M, X = average(g, s["momentum_buffer"] if partner is not U else s["momentum_buffer"].mT, settings)  # (L, r)
+            S = partner.to(wide).mT @ partner.to(wide)                              # (r, r)
+            lam, E = torch.linalg.eigh(S)                                           # (r,), (r, r)
+            root = E * (lam + 1e-5 * S.norm()).rsqrt() @ E.mT                       # (r, r): S^-1/2
+            moved.append(half * orthogonalize(X.to(wide) @ root, settings.ns_steps) @ root)     # (L, r)
+            states.append({"momentum_buffer": M if partner is not U else M.mT})
+        U2, V2 = decayed(U, V, settings, split=True)
+        s = split_root(settings)
+        return U2 - (moved[0] / s).to(U), V2 - (moved[1].mT / s).to(V), *states
+
+    def step(self, pairs, settings):
+        moves = averaged(pairs, settings)
+        moves = {id(pair): side for pair, *side in zip(pairs, moves[::2], moves[1::2])}
+        updates = {}
+        for group in alike(pairs):
+            wide = working(group[0].U.dtype)
+            half = 0.5 * settings.lr * shape_scale(settings.adjust_lr_fn, group[0].U.shape[0], group[0].V.shape[1])
+            sides = stacked([p.U for p in group], wide), stacked([p.V.mT for p in group], wide)    # (b, m, R), (b, n, R)
+            moved = (stacked([moves[id(p)][0] for p in group], wide),                              # (b, m, R)
+                     stacked([moves[id(p)][1].mT for p in group], wide))                           # (b, n, R)
+            for i, (X, partner) in enumerate(zip(moved, sides[::-1])):
+                root = inverse_root(partner.mT @ partner)           # (b, R, R)
+                X = X @ root                                        # (b, L, R)
+                X = X @ (half * whitener(X.mT @ X, settings.ns_steps) @ root)       # (b, L, R)
+                for pair, x in zip(group, X):
+                    updates[id(pair), i] = x[:, :pair.U.shape[1]].mT if i else x[:, :pair.U.shape[1]]
+        decay_(pairs, settings, split=True)
+        s = split_root(settings)
+        for i in (0, 1):
+            torch._foreach_sub_([pair[i] for pair in pairs], [(updates[id(pair), i] / s).to(pair[i].dtype) for pair in pairs])
+
+
+def split_root(settings: Settings) -> float:
+    """s of `LoRAMuon`: what both factors are multiplied by so that W shrinks by lr * weight_decay; 1 under "product"."""
+    return (1 - settings.lr * settings.weight_decay) ** 0.5 if settings.decay == "factors" else 1.0
+
+
+def decayed(U: Tensor, V: Tensor, settings: Settings, split: bool = False) -> tuple[Tensor, Tensor]:
     """The factors after a step of decoupled weight decay, not in place.  (m, r), (r, n) -> the same.
 
     decay "factors": both shrink by half of lr * weight_decay, so that W shrinks by all of it.  "product": the gradient
     step of lr * weight_decay / 2 ||U V||_F^2 (Khodak et al. 2021): strong directions shrink, weak ones hardly.
+    split: under "factors", by the root of 1 - lr * weight_decay each, so that W shrinks by it exactly (LoRA-Muon).
     """
     amount = settings.lr * settings.weight_decay
     if settings.decay == "product":
         return U - amount * U @ (V @ V.mT), V - amount * (U.mT @ U) @ V
-    return U * (1 - amount / 2), V * (1 - amount / 2)
+    each = split_root(settings) if split else 1 - amount / 2
+    return U * each, V * each
 
 
-def decay_(pairs: Sequence[Pair], settings: Settings) -> None:
+def decay_(pairs: Sequence[Pair], settings: Settings, split: bool = False) -> None:
     """`decayed` of all pairs, in place."""
     if not settings.weight_decay:
         return
     if settings.decay == "factors":
-        torch._foreach_mul_([p for pair in pairs for p in pair[:2]], 1 - settings.lr * settings.weight_decay / 2)
+        each = split_root(settings) if split else 1 - settings.lr * settings.weight_decay / 2
+        torch._foreach_mul_([p for pair in pairs for p in pair[:2]], each)
         return
     for pair in pairs:
         U, V = decayed(pair.U, pair.V, settings)                    # (m, r), (r, n)

@@ -111,10 +111,17 @@ class Reset(_Policy):
     """Forget: of every parameter, embeddings included (script v10), or of the changed factors only.
 
     always: forget at every decision, whether or not a rank has changed (script v7.4).
+    ValueError for always without everything: where no rank has changed, there are no changed factors.
     """
 
     everything: bool = True
     always: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.always and not self.everything:
+            raise ValueError("Reset: always=True forgets at every decision, also where no factor has changed; it goes with "
+                             "everything=True alone.")
 
     def check(self, optimizers) -> None:
         for optimizer in optimizers:
@@ -124,7 +131,8 @@ class Reset(_Policy):
 
     def plan(self, optimizers, swaps) -> Plan:
         found = moves(optimizers, swaps)
-        return Plan(tuple(fresh(move) for _, _, move in found), tuple(optimizers) if self.everything and (swaps or self.always) else ())
+        forgets = self.everything and (swaps or self.always)
+        return Plan(tuple(fresh(move) for _, _, move in found), tuple(optimizers) if forgets else ())
 
 
 def fresh(move: Move) -> Move:
@@ -163,17 +171,12 @@ class Transport(_Policy):
 
     @torch.no_grad()
     def plan(self, optimizers, swaps) -> Plan:
-        bases = {id(swap.U): (swap.mix[1].mT, swap.mix[0].mT) if swap.mix else change_of_basis(*swap[:4]) for swap in swaps}
-        out = []
-        for swap, side, move in moves(optimizers, swaps):
-            T_U, T_V = bases[id(swap.U)]                            # (r, k), (k, r)
-            if move.state:
-                T = (T_U if side == "U" else T_V.mT).to(move.new.device, working(move.new.dtype))   # (r, k)
-                state = carry(move.state, move.old, T, "right" if side == "U" else "left", move.group.get("betas"))
+        found, out = moves(optimizers, swaps), []
+        for (swap, _, U), (_, _, V) in zip(found[::2], found[1::2]):
+            for move, state in zip((U, V), carried(swap, U, V)):
                 if not self.first:
                     state |= {key: torch.zeros_like(M) for key, M in state.items() if key in LINEAR and M is not None}
-                move = move._replace(state=state)
-            out.append(move)
+                out.append(move._replace(state=state))
         return Plan(tuple(out))
 
 
@@ -200,6 +203,23 @@ class Slice(_Policy):
                     cut[key][:m, :n] = M[:m, :n]
             out.append(move._replace(state=cut))
         return Plan(tuple(out))
+
+
+def basis(swap: Swap) -> tuple[Tensor, Tensor]:
+    """`factor.change_of_basis` of a swap: T_U (r, k), T_V (k, r), float64 on the CPU."""
+    return (swap.mix[1].mT, swap.mix[0].mT) if swap.mix else change_of_basis(*swap[:4])
+
+
+def carried(swap: Swap, U: Move, V: Move) -> tuple[dict, dict]:
+    """The old state of both factors in the new basis; an optimizer that steps pairs is asked itself (`carry`)."""
+    own = getattr(U.optimizer, "carry", None) if U.group is V.group else None
+    if own is not None and (state := own(U.group, swap, U.state, V.state)) is not None:
+        return state
+    if not U.state and not V.state:
+        return {}, {}
+    T_U, T_V = basis(swap)                                          # (r, k), (k, r)
+    return tuple(carry(move.state, move.old, T.to(move.new.device, working(move.new.dtype)), side, move.group.get("betas"))
+                 if move.state else {} for move, T, side in ((U, T_U, "right"), (V, T_V.mT, "left")))
 
 
 def carry(state: dict, old: Tensor, T: Tensor, side: str, betas: tuple[float, float] | None) -> dict:

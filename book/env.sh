@@ -56,7 +56,7 @@ fi
 echo "Installing the pinned packages into $VENV (2 to 10 minutes the first time)"
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1
 if [ -t 1 ]; then quiet=; else quiet=--quiet; fi
-"$VENV/bin/python" -m pip install $quiet -c constraints.txt -e ".[book,test]" || {
+"$VENV/bin/python" -m pip install $quiet -c constraints.txt -e ".[train,book,test]" || {
     free=$("$VENV/bin/python" -c 'import shutil; print(shutil.disk_usage(".").free // 2**20)')
     stop "pip could not install the packages of constraints.txt; its own message is above." \
          "A package index has to be in reach, and disk: $free MB are free here, about 3 GB are needed" \

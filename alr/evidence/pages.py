@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import numbers
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -232,6 +233,11 @@ def suites(planned: Mapping[str, int], root: str | Path | None = None) -> Html:
     return _table(heads, rows)
 
 
+def _count(x: object) -> str:
+    """A count of a record: 12,345; ? where it has none."""
+    return "?" if pd.isna(x) else f"{int(x):,}" if isinstance(x, numbers.Real) else str(x)
+
+
 def corpora(names: Sequence[str], root: str | Path | None = None) -> Html:
     """The texts behind the records of some suites: fingerprint, vocabulary, tokens and bytes of each split."""
     used: dict[tuple, list[str]] = {}
@@ -244,9 +250,9 @@ def corpora(names: Sequence[str], root: str | Path | None = None) -> Html:
                 used.setdefault(tuple(row), []).append(name)
     rows = []
     for (corpus, level, vocab, fingerprint, *sizes), suites_ in used.items():
-        counts = [" / ".join("?" if pd.isna(x) else f"{int(x):,}" for x in part) for part in (sizes[:3], sizes[3:])]
+        counts = [" / ".join(map(_count, part)) for part in (sizes[:3], sizes[3:])]
         rows.append(_row(
-            _cell(tag("b", corpus), f", {vocab:,} {level}s"), _cell(tag("code", fingerprint)),
+            _cell(tag("b", corpus), f", {_count(vocab)} {level}s"), _cell(tag("code", fingerprint)),
             *map(_cell, counts), _cell(", ".join(suites_))))
     heads = ["text", "fingerprint", "tokens: train / valid / test", "bytes: train / valid / test", "suites"]
     return _table(heads, rows or [_row(_cell(NOTHING, colspan=5, class_="alr-quiet"))])

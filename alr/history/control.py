@@ -120,7 +120,7 @@ class Step(Control):
     max_step: Count = 4                 # both: script v8
     min_rank: Whole = 8
 
-    def start(self, rank):
+    def first_rank(self, rank):
         return max(rank, self.min_rank)
 
     def init(self, ranks):
@@ -158,7 +158,7 @@ class LossAware(Control):
     tolerance: NonNegative = 0.07
     min_rank: Whole = 8
 
-    def start(self, rank):
+    def first_rank(self, rank):
         return max(rank, self.min_rank)
 
     def init(self, ranks):

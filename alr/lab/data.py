@@ -120,7 +120,7 @@ def tokenize(text: str, level: str = "word", spaced: bool = False) -> list[str] 
 
 
 def _ids(tokens: Iterable[str], index: Mapping[str, int]) -> Tensor:
-    return torch.tensor(list(map(index.get, tokens, repeat(Corpus.unk))), dtype=torch.int64)      # (N,)
+    return torch.tensor(list(map(index.get, tokens, repeat(Corpus.unk))), dtype=torch.int64, device="cpu")    # (N,)
 
 
 def _build(name: str, texts: Mapping[str, str], level: str, spaced: bool, vocab_size: int | None) -> Corpus:
@@ -163,9 +163,9 @@ class Batches:
         if step < 0:
             raise IndexError(f"Batches: step {step}; steps count from 0.")
         digest = hashlib.sha256(f"{self.seed} {step}".encode()).digest()
-        draw = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
-        start = torch.randint(len(self.tokens) - self.block, (self.batch, 1), generator=draw)      # (B, 1)
-        window = self.tokens[(start + torch.arange(self.block + 1)).to(self.tokens.device)]        # (B, T + 1)
+        draw = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little"))     # the same on every device
+        start = torch.randint(len(self.tokens) - self.block, (self.batch, 1), generator=draw, device="cpu")     # (B, 1)
+        window = self.tokens[(start + torch.arange(self.block + 1, device="cpu")).to(self.tokens.device)]       # (B, T + 1)
         return window[:, :-1], window[:, 1:]                        # (B, T), (B, T)
 
 

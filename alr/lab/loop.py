@@ -120,19 +120,17 @@ class Loop:
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * rate
         x, y = self.workers.share(x), self.workers.share(y)                         # (B, T), (B, T)
-        for optimizer in run.optimizers:
+        for optimizer in run.optimizers:                # what none of them holds (`state.Stale`) is not zeroed
             optimizer.zero_grad(set_to_none=True)
-        if run.adapter.stale:                           # parameters that no optimizer holds
-            run.model.zero_grad(set_to_none=True)
         with autocast(run.device, run.dtype):
             loss = F.cross_entropy(run.model(x).flatten(0, 1), y.flatten())
         loss.backward()
         average_gradients(run.model)
         due, norm = (run.step + 1) % c.log_every == 0, None
         if c.grad_clip is not None:
-            norm = nn.utils.clip_grad_norm_(run.model.parameters(), c.grad_clip)
+            norm = nn.utils.clip_grad_norm_(self.trained(), c.grad_clip)
         elif due:
-            norm = nn.utils.get_total_norm([p.grad for p in run.model.parameters() if p.grad is not None])
+            norm = nn.utils.get_total_norm([p.grad for p in self.trained() if p.grad is not None])
         events = self.decide() if run.recipe.when == "before" else []
         for optimizer in run.optimizers:
             optimizer.step()
@@ -140,17 +138,36 @@ class Loop:
             product_decay_(run.model, run.optimizer.param_groups[0]["lr"] * c.weight_decay)
         run.step += 1
         run.running += loss.detach()                    # stays on the device: reading it would make the host wait
-        for event in events if run.recipe.when == "before" else self.decide():
-            run.writer.write("resize", **event._asdict())
+        if run.recipe.when == "after" or run.recipe.when == "validated" and not self.ends_epoch:
+            events = self.decide()
+        self.tell(events)
         if due:
             self.report(loss.detach(), norm, c.lr * rate)
 
-    def decide(self) -> list[Resize]:
+    @property
+    def ends_epoch(self) -> bool:
+        """Has the step that was taken last ended an epoch?"""
+        return self.run.step == (self.run.epoch + 1) * self.run.config.steps_per_epoch
+
+    def trained(self) -> list[nn.Parameter]:
+        """The model's parameters without those that `Stale` has left behind, whose gradients are sums of many steps."""
+        layers = self.run.adapter.layers
+        stale = {id(p) for name in self.run.adapter.stale for p in (layers[name].U, layers[name].V)}
+        return [p for p in self.run.model.parameters() if id(p) not in stale]
+
+    def tell(self, events: list[Resize]) -> None:
+        for event in events:
+            self.run.writer.write("resize", **event._asdict())
+
+    def decide(self, val_loss: float | None = None) -> list[Resize]:
+        """The adapter's turn.  It hears of a validation loss with the step after it, or with that step (`val_loss`)."""
         run = self.run
         if run.recipe.due(run.adapter.steps + 1):
             synchronize(run.device)                     # what the device still has to do is not adaptation's time
+        if val_loss is None and run.recipe.when != "validated" and run.adapter.steps == run.epoch * run.config.steps_per_epoch:
+            val_loss = run.val_loss
         try:
-            return run.adapter.step(run.val_loss if run.adapter.steps == run.epoch * run.config.steps_per_epoch else None)
+            return run.adapter.step(val_loss)
         except (ValueError, ArithmeticError, RuntimeError):
             self.check(run.running.item())              # an estimate of weights that have diverged: say that instead
             raise
@@ -196,8 +213,14 @@ class Loop:
         return loss
 
     def epoch(self, train_loss: float, val_loss: float) -> None:
+        """The end of an epoch.  Where the recipe decides after validation (script v9), val_loss is of the model before."""
         run = self.run
         self.check(train_loss, val_loss)
+        if run.recipe.when == "validated":
+            self.between_steps = False
+            self.tell(self.decide(val_loss))
+            self.between_steps = True
+            self.lap("work")
         run.epoch, run.val_loss, run.running = run.epoch + 1, val_loss, torch.zeros_like(run.running)
         ranks = list(run.adapter.ranks.values())
         run.writer.write(
@@ -220,7 +243,9 @@ class Loop:
         """Whole-split losses: (validation, test or None)."""
         run, limit = self.run, self.run.config.eval_tokens
         self.lap("other")
-        val = run.val_loss if limit is None or limit >= len(self.valid) - 1 else self.nats(self.valid)
+        whole = limit is None or limit >= len(self.valid) - 1
+        moved = run.recipe.when == "validated" and run.recipe.due(run.step)     # after the last validation
+        val = run.val_loss if whole and not moved else self.nats(self.valid)
         test = self.nats(self.test) if run.config.test and len(self.test) > 1 else None
         self.lap("evaluation")
         return val, test

@@ -18,7 +18,7 @@ from sphinx.util.docutils import SphinxRole
 
 from alr.evidence.claims import phrase
 
-REGISTER = "data/claims.json"                # below the folder of the staged pages, as it is below the repository's
+CLAIMS = "data/claims.json"                # below the folder of the staged pages, as it is below the repository's
 
 logger = logging.getLogger(__name__)
 
@@ -34,15 +34,15 @@ class Val(SphinxRole):
     """Looks the key up each time a page is read; the file is small."""
 
     def run(self):
-        path = Path(self.env.srcdir) / REGISTER
-        self.env.note_dependency(REGISTER)
+        path = Path(self.env.srcdir) / CLAIMS
+        self.env.note_dependency(CLAIMS)
         claims = json.loads(path.read_text(encoding="utf8")) if path.exists() else {}
         key = self.text.strip()
         claim = claims.get(key)
         if claim is None:
             near = get_close_matches(key, claims, n=3)
             hint = f"did you mean {', '.join(near)}?" if near else f"it has {len(claims)} claims."
-            logger.warning("val: no claim %r in %s; %s", key, REGISTER, hint, location=self.get_location())
+            logger.warning("val: no claim %r in %s; %s", key, CLAIMS, hint, location=self.get_location())
             return [nodes.problematic(self.rawtext, self.rawtext)], []
         node = nodes.abbreviation(self.rawtext, phrase(claim, unit=True), explanation=tooltip(claim), classes=["val"])
         return [node], []

@@ -1,5 +1,6 @@
 """The frame of the project: pins that agree, notebooks as a reader expects them, tools of the book that work."""
 
+import ast
 import importlib.util
 import io
 import json
@@ -74,7 +75,6 @@ def direct() -> list[Requirement]:
 
 
 def test_every_direct_dependency_has_a_pin_within_its_range():
-    assert len(direct()) > 15
     for requirement in direct():
         pin = pins().get(canonicalize_name(requirement.name))
         assert pin is not None, f"{requirement.name} stands in pyproject.toml and has no pin in constraints.txt"
@@ -118,10 +118,79 @@ def test_environment_yml_installs_the_same_pins():
     environment = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf8"))
     conda = [entry for entry in environment["dependencies"] if isinstance(entry, str)]
     pip = [line for entry in environment["dependencies"] if isinstance(entry, dict) for line in entry["pip"]]
-    assert pip == ["-c constraints.txt", "-e .[book,test]"]
+    assert pip == ["-c constraints.txt", "-e .[train,book,test]"]
+    assert '-c constraints.txt -e ".[train,book,test]"' in (ROOT / "book" / "env.sh").read_text(encoding="utf8")
     python = next(entry.split("=")[-1] for entry in conda if entry.startswith("python"))
     assert Requirement(f"python{project()['requires-python']}").specifier.contains(python)
     assert not pins().keys() & set(conda), "a package comes from conda or from the pins, not from both"
+
+
+# ---------------------------------------------------------------- imports and extras
+
+SERVES = {                              # declared, and used without an import: where its name has to stand
+    "ipykernel": ("book/notebooks.py", '"Python 3 (ipykernel)"'), "jupyter-book": ("book/build.py", "jupyter_book.cli.main"),
+    "sphinx-book-theme": ("book/_config.yml", "html_theme_options"),                # jupyter-book takes whichever is there
+    "sphinx-mathjax-offline": ("book/_config.yml", "sphinx-mathjax-offline"), "nbval": ("book/notebooks.py", "--nbval-lax"),
+    "pytest-benchmark": ("Makefile", "--benchmark-only"), "ruff": ("Makefile", "-m ruff check"),
+    "jupyterlab": ("Makefile", "-m jupyterlab")}
+PLACES = [                              # where a file lies -> the extras that it may import from; the first that fits
+    (r"alr/integrations/", {"", "integrations"}), (r"alr/(lab/|train\.py)", {"", "train"}),
+    (r"alr/(evidence/|claims\.py|sweep\.py)", {"", "train", "book"}), (r"alr/", {""}),
+    (r"(book|notebooks)/", {"", "train", "book", "integrations"}), (r"tests/", {"", "train", "book", "integrations", "test"})]
+
+
+def declared() -> dict[str, set[str]]:
+    """Extra -> the names of what it declares; the library's own needs under ""."""
+    extras = {"": project()["dependencies"], **project()["optional-dependencies"]}
+    return {extra: {canonicalize_name(Requirement(line).name) for line in lines} for extra, lines in extras.items()}
+
+
+def sources() -> dict[str, list[str]]:
+    """Every place with Python of this project -> its pieces of code: files, and the cells of notebooks."""
+    files = [*ROOT.glob("alr/**/*.py"), *ROOT.glob("book/**/*.py"), *ROOT.glob("tests/**/*.py")]
+    found = {path.relative_to(ROOT).as_posix(): [path.read_text(encoding="utf8")] for path in files}
+    for path in NOTEBOOKS:
+        cells = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+        found[path.relative_to(ROOT).as_posix()] = [re.sub(r"^[%!].*$", "", cell, flags=re.MULTILINE) for cell in cells]
+    return found
+
+
+def third_party(code: str) -> set[str]:
+    """Top-level names of the modules that a piece of code imports and that come from elsewhere."""
+    nodes = list(ast.walk(ast.parse(code)))
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and not node.level}
+    names |= {node.args[0].value for node in nodes if isinstance(node, ast.Call) and node.args      # pytest.importorskip("x")
+              and isinstance(node.func, ast.Attribute) and node.func.attr in ("importorskip", "import_module")
+              and isinstance(node.args[0], ast.Constant)}
+    ours = {"alr", *(path.stem for path in [*ROOT.glob("book/**/*.py"), *ROOT.glob("tests/*.py")])}
+    return {name.split(".")[0] for name in names} - sys.stdlib_module_names - ours
+
+
+def distributions() -> dict[str, set[str]]:
+    """Module -> the distributions that bring it, as installed here."""
+    return {module: set(map(canonicalize_name, names)) for module, names in metadata.packages_distributions().items()}
+
+
+def test_what_is_imported_is_declared_for_its_place_and_what_is_declared_is_used():
+    known, brought_by, used = declared(), distributions(), {extra: set() for extra in declared()}
+    for place, pieces in sources().items():
+        allowed = next(extras for pattern, extras in PLACES if re.match(pattern, place))
+        for module in set().union(*map(third_party, pieces)):
+            names = brought_by.get(module, {canonicalize_name(module)})
+            extras = {extra for extra in allowed if names & known[extra]}
+            assert extras, (f"{place} imports {module} ({', '.join(names)}), which pyproject.toml declares in none of "
+                            f"{', '.join(sorted(extra or 'dependencies' for extra in allowed))}")
+            for extra in extras:
+                used[extra] |= names
+    for name, (file, words) in SERVES.items():
+        assert words in (ROOT / file).read_text(encoding="utf8"), f"{file} uses {name} no longer"
+    idle = {extra: sorted(names - used[extra] - set(SERVES)) for extra, names in known.items()}
+    assert not any(idle.values()), f"declared and imported nowhere: {idle}"
+
+
+def test_the_test_extra_brings_what_the_integrations_are_for():
+    assert declared()["integrations"] <= declared()["test"]
 
 
 # ---------------------------------------------------------------- notebooks

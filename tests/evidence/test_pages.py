@@ -3,18 +3,22 @@
 import html
 import json
 import re
+from html.parser import HTMLParser
 
 import pytest
 import yaml
-from synthetic import suite
+from synthetic import log, suite
 
 from alr.evidence import claims, pages, suite as suites
 from alr.evidence.claims import compute, condition, dumps, phrase
 from alr.evidence.metrics import METRICS
 from alr.evidence.paths import CLAIMS_JSON, ROOT, RUNS, SUITES
-from alr.evidence.records import natural, runs, verify_digest
+from alr.evidence.records import natural, runs, thin, verify_digest
 from alr.evidence.register import load, named
+from alr.evidence.stats import Interval
 from alr.evidence.sweep import recorded
+from alr.evidence.verdict import Finding, Verdict
+from alr.lab.log import digest
 
 LOSSES = {"dense": [4.00, 4.02, 4.04], "alr": [4.10, 4.12, 4.14], "v10": [4.3, 4.2, 4.4]}
 
@@ -90,7 +94,72 @@ def test_the_register_has_a_row_a_claim_with_rule_value_and_verdict(root):
     assert "99_none" in chapter and "alr &lt; v10." in first and "&lt; 0.5" in first and ">supported</span>" in first
     assert "−0.180<br>" in first and "nats" in first and 'title="seeds 0, 1, 2"' in first
     assert ">not recorded</span>" in lost and "A figure." in last and ">figure</span>" in last
-    assert "1&nbsp;" in pages.tally(found) and "figure" not in pages.tally(found)
+    words = re.sub("<[^>]*>", "", pages.tally(found))
+    assert words == "1&nbsp;supported &nbsp; 1&nbsp;not recorded"
+
+
+EVIL = """<img src=x onerror=alert(1)>&lt;b&gt;"'></td><script>alert(1)</script>"""
+OURS = {"a", "b", "br", "code", "div", "em", "li", "p", "span", "table", "tbody", "td", "th", "thead", "tr", "ul"}
+
+
+class Reader(HTMLParser):
+    """Elements, their attributes, and the words of a page as a browser would see them."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.elements, self.attributes, self.words, self.open = set(), set(), "", []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.add(tag)
+        self.attributes |= {name for name, _ in attrs}
+        self.open += [tag] * (tag != "br")
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag, "elements are not nested as they were opened"
+
+    def handle_data(self, data):
+        self.words += data
+
+
+def spoil(value, keep):
+    """Every text in a value, but under the keys in `keep`, becomes EVIL."""
+    if isinstance(value, dict):
+        return {k: v if k in keep else spoil(v, keep) for k, v in value.items()}
+    if isinstance(value, list):
+        return [spoil(v, keep) for v in value]
+    return EVIL if isinstance(value, str) else value
+
+
+@pytest.fixture(scope="module")
+def evil(tmp_path_factory):
+    """A suite whose records say EVIL wherever a record can hold text."""
+    folder = tmp_path_factory.mktemp("evil")
+    (folder / "toy").mkdir()
+    for i, loss in enumerate((4.0, 4.1)):
+        run, *middle, end = [json.loads(line) for line in log(f"arm {i}", 0, loss, epochs=2, blocks=1)]
+        run = spoil(run, {"kind", "started"}) | {"name": f"{EVIL}{i}", "seed": EVIL}
+        run["corpus"] |= {"level": EVIL, "vocab": EVIL}
+        text = [json.dumps(line) for line in (run, *middle)]
+        text.append(json.dumps(end | {"digest": digest(text)}))
+        (folder / "toy" / f"{i}.jsonl").write_text("\n".join(thin(text)), encoding="utf-8")
+    return folder
+
+
+def test_whatever_a_record_a_register_or_a_suite_says_is_shown_as_text(evil):
+    claim = {"text": EVIL, "value": 1.0, "low": 0.0, "high": 2.0, "unit": EVIL, "n": 2, "verdict": EVIL, "source": EVIL,
+             "chapter": EVIL, "format": "<>9.3f", "seeds": [EVIL], "kind": "mean", "rule": "<", "threshold": 0, "note": EVIL}
+    there = runs("toy", evil)
+    shown = [pages.claims_table({EVIL: claim}), pages.claims_table({EVIL: claim | {"value": None}}),
+             pages.tally({EVIL: claim | {"verdict": "supported"}}),
+             pages.leaderboard(there, dense=f"{EVIL}0", about={f"{EVIL}1": EVIL}, waiting=[EVIL]),
+             pages.provenance_footer(there, EVIL, root=evil), pages.suites({"toy": EVIL, EVIL: 1}, evil),
+             pages.corpora(["toy"], evil), pages.bullets({EVIL: EVIL}),
+             Verdict(EVIL, [Finding(EVIL, Interval(1.0, 0.0, 2.0, 3), "<", 5, EVIL)], EVIL, EVIL)._repr_html_()]
+    for page in shown:
+        found = Reader(page)
+        assert found.elements <= OURS and not found.attributes & {"onerror", "src"} and found.open == []
+        assert EVIL in found.words or page is shown[2]
 
 
 # ------------------------------------------------------------------------------- register, records and book agree

@@ -98,6 +98,20 @@ def test_verify_digest_gives_the_lines_of_the_file(tmp_path):
         verify_digest(path)
 
 
+def test_first_and_last_line_are_those_of_a_whole_record_only(tmp_path):
+    path = write(tmp_path, log())
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert run_and_end(path) == (json.loads(lines[0]), json.loads(lines[-1]))
+    with pytest.raises(FileNotFoundError):
+        run_and_end(tmp_path / "none.jsonl")
+    for spoilt, words in (([], "wanted one `run` line"), (lines[1:], "wanted one `run`"), (lines[:-1], "did not finish"),
+                          ([*lines[:5], *lines[6:]], "was changed"), (["[1]", *lines[1:]], "no 'kind'"),
+                          (["null", *lines[1:]], "no 'kind'"), ([*lines[:-1], lines[-1][:40]], "the run was cut off")):
+        path.write_text("\n".join(spoilt), encoding="utf-8")
+        with pytest.raises(RecordError, match=words):
+            run_and_end(path)
+
+
 # ----------------------------------------------------------------------------------------------------- tables
 
 def test_a_suite_becomes_tables(tmp_path):

@@ -6,9 +6,10 @@ import random
 
 import pytest
 
-from alr.evidence import suite as suites
 from alr import recipes
+from alr.evidence import suite as suites
 from alr.evidence import sweep
+from alr.evidence.records import record_digest
 from alr.evidence.suite import borrowed
 from alr.lab import Config
 
@@ -209,12 +210,31 @@ def test_a_setting_that_the_run_does_not_read_makes_no_other_run(make):
     sweep.sweep(suite, data=root)
     job = suite.jobs(root)[0]
     path = job.path(root)
-    first, rest = path.read_text(encoding="utf-8").split("\n", 1)
-    line = json.loads(first)
+    run, *middle, end = path.read_text(encoding="utf-8").splitlines()
+    run, end = json.loads(run), json.loads(end)
 
     def is_there(**config):
-        changed = {k: v for k, v in (line["config"] | config).items() if v != "gone"}
-        path.write_text(json.dumps(line | {"config": changed}) + "\n" + rest, encoding="utf-8")
+        changed = {k: v for k, v in (run["config"] | config).items() if v != "gone"}
+        text = [json.dumps(run | {"config": changed}), *middle]
+        path.write_text("\n".join([*text, json.dumps(end | {"digest": record_digest(text, end)})]), encoding="utf-8")
         return sweep.recorded(job, suite.recipe(job, root), root)
     assert is_there() and is_there(pairs_lr=0.5) and is_there(muon_lr="gone") and is_there(decay="gone")
     assert not is_there(lr=0.5) and not is_there(optimizer="sgd")
+
+
+def test_a_record_that_was_changed_is_believed_nowhere(make):
+    """Neither as recorded, nor for its time, its choice of a rate, or the ranks that another arm takes from it."""
+    suite, root = make("[tune]\ngrid = { lr = [1e-2] }\n" + ARMS + "tune = false\n")
+    sweep.sweep(suite, data=root, only=["alr"])
+    tuned, (alr, held) = suite.tuning_jobs()[0], [job for job in suite.jobs(root) if job.config.seed == 0]
+    for job, asked in ((tuned, [lambda: suite.choose(root), lambda: sweep.seconds(suite, held, root)]),
+                       (alr, [lambda: sweep.recorded(alr, suite.recipe(alr, root), root), lambda: suite.recipe(held, root),
+                              lambda: sweep.seconds(suite, held, root)])):
+        text = job.path(root).read_text(encoding="utf-8")
+        job.path(root).write_text(text.replace('"val_loss": ', '"val_loss": 1', 1), encoding="utf-8")
+        for ask in asked:
+            with pytest.raises(ValueError, match="was changed after it was written"):
+                ask()
+        job.path(root).write_text(text, encoding="utf-8")
+        for ask in asked:
+            ask()
