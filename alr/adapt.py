@@ -12,8 +12,9 @@ import functools
 import numbers
 import time
 import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Callable, Iterator, Literal, NamedTuple, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -21,11 +22,11 @@ from torch.optim import Optimizer
 
 from .axes import Control, Count, Estimate, Factors, GradientRule, Init, Op, Part, ResizeRule, Signal, StatePolicy, Whole, check
 from .control import Hold
-from .factor import break_even, check_rank, gram, mix_change, relative_change, uncast
+from .factor import break_even, check_rank, mix_change, relative_change, uncast
 from .group import Group
 from .init import Spectral
 from .linear import LowRankLinear, Where, dense_weight, factorize_, low_rank_layers, picks, refuse_wrapped, successor, unwrapped
-from .observe import PER, Observer, Seen
+from .observe import PER, Observer, Seen, grams, to_host
 from .resize import SvdCore
 from .state import Move, Plan, Swap, Transport, place_of
 
@@ -99,7 +100,7 @@ class Recipe:
         first = after + (self.offset - after) % self.every
         return first if self.stop is None or first <= self.stop else None
 
-    def paced(self, epoch: int) -> "Recipe":
+    def paced(self, epoch: int) -> Recipe:
         """The same recipe on a clock of `epoch` steps per epoch.  Axes that count steps are `paced` in their own way."""
         factor = epoch / self.epoch
         def scale(steps):
@@ -214,6 +215,7 @@ class RankAdapter:
             if warning := recipe.control.warning(list(self.ranks.values()), self.shapes):
                 warnings.warn(f"RankAdapter: {warning}", stacklevel=2)
         self.memory = recipe.control.init(list(self.ranks.values()))
+        self._check_alike()
         self._taken, self._warned = 0, set()        # optimizer steps so far; what has been warned of
         self._counts = [0] * len(self.optimizers)   # steps of each optimizer since the last call of `step`
         self._mark = None                           # the gradient that the last optimizer step used
@@ -257,6 +259,30 @@ class RankAdapter:
             if "U" not in layer._parameters or "V" not in layer._parameters:
                 raise ValueError(f"RankAdapter: the factors of {name!r} are computed (parametrised or pruned), not Parameters "
                                  "of their own, so their rank cannot change; undo that first.")
+
+    @torch.no_grad()
+    def _check_alike(self) -> None:
+        """ValueError, on all processes, unless they hold the same weights: nobody has spread rank 0's, as DDP would have."""
+        if self.group.size == 1:
+            return
+        params = dict(self.model.named_parameters())
+        first = self.group.say({name: tuple(p.shape) for name, p in params.items()}, self._device)
+        unlike = [name for name, p in params.items() if first.get(name) != tuple(p.shape)] + sorted(set(first) - set(params))
+        bad = torch.tensor([float(bool(unlike))], device=self._device)
+        self.group.sum([bad])                               # all processes ask the same of each other
+        if not bad.item() and params:
+            mine = torch.stack([p.double().sum().to(self._device) for p in params.values()])
+            size = torch.stack([p.double().abs().sum().to(self._device) for p in params.values()])
+            theirs = mine.clone()
+            self.group.broadcast([theirs])
+            unlike = [name for name, far in zip(params, ((mine - theirs).abs() > 1e-9 * size).tolist()) if far]
+            bad.fill_(float(bool(unlike)))
+            self.group.sum([bad])
+        if bad.item():
+            raise ValueError("RankAdapter: the processes do not hold the same model"
+                             + (f" ({unlike[0]!r} differs from rank 0's)" if unlike else "")
+                             + ". Make it from the same seed on all of them (torch.manual_seed), or load one "
+                             "state dict everywhere.")
 
     def check_held(self) -> None:
         """ValueError unless every trained factor is held by an optimizer, and every layer still stands in the model."""
@@ -332,7 +358,7 @@ class RankAdapter:
             if self.observer is not None:
                 self.observer.settle()
             return []
-        if after and self._since == 1 and self._mark is not None and (now := self._gradient()) not in (None, self._mark):
+        if after and self._since == 1 and self._mark is not None and self._gradient() not in (None, self._mark):
             self._out_of_order()
         self._counts = [0] * len(self.optimizers)
         self.steps += 1
@@ -395,16 +421,17 @@ class RankAdapter:
                                f"{' and '.join(type(axis).__name__ for axis in self.recipe.observes)} observes the model while "
                                "it trains. Call adapter.observe() some steps before, or leave decisions to step().")
         observer, self.observer = self.observer, None
+        seen, said, problem = {}, None, None
         try:
             seen = observer.close() if observer is not None else {}
-            said = self.group.say(self._decide(ranks, signal, seen) if self.group.rank == 0 else None, self._device)
-        except BaseException:
-            if observer is not None:
-                observer.remove()
-            raise
-        if isinstance(said, Exception):
-            raise said
-        wanted, memory, targets = said
+            if self.group.rank == 0:
+                said = self._decide(ranks, signal, seen)
+        except Exception as error:
+            problem = error
+        if observer is not None:
+            observer.remove()
+        self.group.agree(problem, self._device)
+        wanted, memory, targets = self.group.say(said, self._device)
         again = self.recipe.control.again(memory, signal) or [False] * len(ranks)
         changed = {name: k for name, old, k, anew in zip(self.layers, ranks, wanted, again, strict=True)
                    if k != old or anew and name not in self.frozen}
@@ -416,26 +443,21 @@ class RankAdapter:
         return events
 
     def _decide(self, ranks: list[int], signal: Signal, seen: dict[str, Seen]):
-        """(wanted ranks, memory, targets), or the exception that prevents them, for all processes to raise."""
+        """(wanted ranks, memory, targets)."""
         r = self.recipe
-        try:
-            self._check_finite()
-            live = [layer for name, layer in self.layers.items() if name not in self.frozen]
-            if r.estimate.gradients and live and all(layer.U.grad is None and layer.V.grad is None for layer in live):
-                raise ValueError(f"RankAdapter: {r.estimate!r} reads gradients, and no layer has one. Call adapter.step() after "
-                                 "backward and optimizer.step(), before the gradients are zeroed.")
-            unseen = set(self.layers) - set(seen) if r.observes and not r.control.finished(ranks, self.memory, signal) else set()
-            held = self.frozen | self._bypassed(seen) | unseen
-            targets = {name: at_rest(r.estimate, layer) if name in held else
-                       r.estimate.for_layer(name)(layer, seen.get(name)) for name, layer in self.layers.items()}
-            signal = signal._replace(held=[name in held for name in self.layers])
-            wanted, memory = r.control.step(ranks, list(targets.values()), self.memory, signal)
-            wanted = [old if name in held else int(k) for name, old, k in zip(self.layers, ranks, wanted, strict=True)]
-            return wanted, memory, {name: effective_number(t) for name, t in targets.items()}
-        except (ValueError, ArithmeticError, RuntimeError) as error:
-            if self.group.size == 1:
-                raise
-            return type(error)(str(error))
+        self._check_finite()
+        live = [layer for name, layer in self.layers.items() if name not in self.frozen]
+        if r.estimate.gradients and live and all(layer.U.grad is None and layer.V.grad is None for layer in live):
+            raise ValueError(f"RankAdapter: {r.estimate!r} reads gradients, and no layer has one. Call adapter.step() after "
+                             "backward and optimizer.step(), before the gradients are zeroed.")
+        unseen = set(self.layers) - set(seen) if r.observes and not r.control.finished(ranks, self.memory, signal) else set()
+        held = self.frozen | self._bypassed(seen) | unseen
+        targets = {name: at_rest(r.estimate, layer) if name in held else
+                   r.estimate.for_layer(name)(layer, seen.get(name)) for name, layer in self.layers.items()}
+        signal = signal._replace(held=[name in held for name in self.layers])
+        wanted, memory = r.control.step(ranks, list(targets.values()), self.memory, signal)
+        wanted = [old if name in held else int(k) for name, old, k in zip(self.layers, ranks, wanted, strict=True)]
+        return wanted, memory, {name: effective_number(t) for name, t in targets.items()}
 
     def _bypassed(self, seen: dict[str, Seen]) -> set[str]:
         """Layers that are trained although their forward was never called: somebody reads their weight."""
@@ -480,24 +502,21 @@ class RankAdapter:
     def _resize(self, ranks: dict[str, int], targets: dict[str, float], seen: dict[str, Seen]) -> list[Resize]:
         if not ranks:
             return []
-        made: dict[str, Factors] = {}
+        made, problem = {}, None
         if self.group.rank == 0:
             try:
                 made = {name: self._factors(name, k, seen.get(name)) for name, k in ranks.items()}
-                problem = None
-            except (ValueError, ArithmeticError, RuntimeError) as error:
-                if self.group.size == 1:
-                    raise
-                problem = type(error)(str(error))
+            except Exception as error:
+                problem = error
+        self.group.agree(problem, self._device)
         if self.group.size > 1:
-            if isinstance(problem := self.group.say(problem if self.group.rank == 0 else None, self._device), Exception):
-                raise problem
             made = self._shared(ranks, made)
+        known = self._grams([name for name, new in made.items() if new.mix], seen)
         events, swaps = [], []
         for name, (U2, V2, mix) in made.items():
             layer = self.layers[name]
             U, V = layer.U, layer.V                                             # (m, r), (r, n)
-            error = mix_change(gram(U), gram(V.mT), *mix) if mix else relative_change(U, V, U2, V2)
+            error = mix_change(*known[name], *mix) if mix else relative_change(U, V, U2, V2)
             events.append(Resize(self.steps, name, U.shape[1], U2.shape[1], targets.get(name, float(U2.shape[1])), error))
             swaps.append(Swap(U, V, successor(U, U2), successor(V, V2), mix))
         told = [swap for name, swap in zip(made, swaps) if name not in self.stale and
@@ -511,6 +530,13 @@ class RankAdapter:
                 self.stale.setdefault(name, [tuple(swap.U.shape), tuple(swap.V.shape)])
         plan.apply()
         return events
+
+    def _grams(self, names: list[str], seen: dict[str, Seen]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """U^T U and V V^T of these layers, in float64 on the CPU; what is not known yet comes in one copy."""
+        out = {name: seen[name].grams for name in names if name in seen and seen[name].grams is not None}
+        missing = [name for name in names if name not in out]
+        both = iter(to_host([G for name in missing for G in grams(self.layers[name])]))
+        return out | {name: (next(both), next(both)) for name in missing}
 
     def _factors(self, name: str, k: int, seen: Seen | None) -> Factors:
         layer = self.layers[name]
@@ -577,8 +603,10 @@ class RankAdapter:
             raise ValueError(f"RankAdapter: {sorted(missing)[0]!r} is not in the state; wanted what adapter.state_dict() gave.")
         shapes = {name: list(shape) for name, shape in zip(self.layers, self.shapes)}
         if state["layers"] != shapes:
-            other = sorted(set(state["layers"]) ^ set(shapes)) or [name for name in shapes if state["layers"][name] != shapes[name]]
-            raise ValueError(f"RankAdapter: the state is of other layers; {other[0]!r} is {state['layers'].get(other[0], 'absent')} "
+            other = sorted(set(state["layers"]) ^ set(shapes))
+            other = other or [name for name in shapes if state["layers"][name] != shapes[name]]
+            there = state["layers"].get(other[0], "absent")
+            raise ValueError(f"RankAdapter: the state is of other layers; {other[0]!r} is {there} "
                              f"there and {shapes.get(other[0], 'absent')} here.")
         if state["recipe"] != repr(self.recipe):
             raise ValueError(f"RankAdapter: the state is of recipe {state['recipe']}, and this adapter has {self.recipe!r}.")
@@ -620,7 +648,7 @@ def at_rest(estimate: Estimate, layer: LowRankLinear) -> float | tuple[float, ..
 
 def adopt(optimizers: Sequence[Optimizer], known: dict[str, tuple[nn.Parameter, nn.Parameter]],
           layers: dict[str, LowRankLinear]) -> None:
-    """Optimizers that hold the factors `known`, (U, V) by layer, get those that the layers have now; see `RankAdapter._adopt`."""
+    """Optimizers that hold the factors `known`, (U, V) by layer, get those that the layers have now: see `_adopt`."""
     for name, pair in known.items():
         for old, new in zip(pair, (layers[name].U, layers[name].V)):
             found = None if old is new else place_of(optimizers, old)

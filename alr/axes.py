@@ -19,10 +19,21 @@ from __future__ import annotations
 import math
 import numbers
 import types
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache
-from typing import (TYPE_CHECKING, Annotated, Any, Callable, ClassVar, Literal, NamedTuple, Sequence, Union, get_args,
-                    get_origin, get_type_hints)
+from functools import cache
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    ClassVar,
+    Literal,
+    NamedTuple,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -109,7 +120,7 @@ def spoken(hint: Any) -> str:
     return names.get(hint) or ("a function" if hint is Callable else f"a value of {getattr(hint, '__name__', hint)}")
 
 
-@lru_cache(maxsize=None)
+@cache
 def hints(kind: type) -> dict[str, Any]:
     """The declared type of every field of a dataclass."""
     found = get_type_hints(kind, include_extras=True)
@@ -141,11 +152,11 @@ class Axis:
     def __post_init__(self):
         check(self)
 
-    def paced(self, factor: float) -> "Axis":
+    def paced(self, factor: float) -> Axis:
         """The same value on a clock with `factor` times as many steps per epoch; what counts in steps is scaled."""
         return self
 
-    def for_layer(self, name: str) -> "Axis":
+    def for_layer(self, name: str) -> Axis:
         """The value as the layer of that name has it: itself, unless layers differ (`ByLayer`)."""
         return self
 

@@ -7,8 +7,8 @@ m x n layer costs m + n parameters.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Sequence
 
 from .axes import Control, Count, Part, Positive, Share
 

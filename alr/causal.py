@@ -8,7 +8,7 @@ Dims: B sequences, T tokens, C vocabulary size.
 from __future__ import annotations
 
 import contextlib
-from typing import Callable, Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +67,7 @@ def assert_causal(model: Callable[[Tensor], Tensor], vocab_size: int | None = No
         device = next((p.device for p in model.parameters()), "cpu") if isinstance(model, nn.Module) else "cpu"
     draw = torch.Generator("cpu").manual_seed(seed)                      # on the CPU: the same tokens for every device
     tokens = torch.randint(vocab_size, (1, length), generator=draw, device="cpu")                         # (1, T)
-    shifts = torch.randint(1, vocab_size, (length,), generator=draw, device="cpu").tolist()               # never to the same token
+    shifts = torch.randint(1, vocab_size, (length,), generator=draw, device="cpu").tolist()               # never to itself
     count = min(POSITIONS, length - 1)
     places = sorted({1 + round(i * (length - 2) / max(1, count - 1)) for i in range(count)})    # 1 to T - 1
 

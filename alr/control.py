@@ -12,9 +12,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
 
-from .axes import Axis, Control, Estimate, Count, NonNegative, Share, Signal, Whole, each
+from .axes import Axis, Control, Count, Estimate, NonNegative, Share, Whole
+from .axes import Signal as Signal  # what a controller is called with, to be had from here too
 
 
 def clamp(x, low, high):
@@ -131,7 +131,7 @@ class ByLayer(Control, Estimate):
         """The value for the layer of that name.  ValueError when no rule fits."""
         return self.rules[self._rule(name)][1]
 
-    def paced(self, factor: float) -> "ByLayer":
+    def paced(self, factor: float) -> ByLayer:
         return ByLayer(tuple((pattern, value.paced(factor)) for pattern, value in self.rules))
 
     def _rule(self, name):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 import numbers
-from typing import Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -187,7 +187,7 @@ def core_cut(U: Tensor, V: Tensor, k: int) -> Factors:
     Directions that W does not have (s below r eps of the largest, eps of the precision worked in) start as `grow` would
     start them.  ValueError unless 1 <= k <= r.
     """
-    m, r, n = U.shape[0], U.shape[1], V.shape[1]
+    r = U.shape[1]
     if not 1 <= k <= r:
         raise ValueError(f"svd_core: rank {k} asked of factors of rank {r}; it takes 1 to {r} (grow adds directions).")
     S, A, B = core(U, V)                                            # (r,), (r, r), (r, r)

@@ -85,12 +85,13 @@ def fisher_cut(U: Tensor, V: Tensor, k: int, input_moment: Tensor, grad_moment: 
     return cut_along(U, V, k, *metric(U, V, input_moment, grad_moment, damping)[1:])[:2]
 
 
-def cut_along(U: Tensor, V: Tensor, k: int, A: Tensor, B: Tensor) -> Factors:
+def cut_along(U: Tensor, V: Tensor, k: int, A: Tensor, B: Tensor, grams: tuple[Tensor, Tensor] | None = None) -> Factors:
     """Keep the first k of the directions A (r, r), B (r, r), split evenly: (m, r), (r, n) -> (m, k), (k, n).
 
     Worked out in r x r matrices, in float64: the new factors are U A_k C and D B_k V, with C, D those of the core.
+    grams: U^T U and V V^T, where they are known already.
     """
-    Gu, Gv = gram(U), gram(V.mT)                                    # (r, r), (r, r)
+    Gu, Gv = grams or (gram(U), gram(V.mT))                         # (r, r), (r, r)
     A, B = A[:, :k].to(Gu), B[:k].to(Gu)                            # (r, k), (k, r)
     S, C, D = core_of(A.mT @ Gu @ A, B @ Gv @ B.mT)                 # (k,), (k, k), (k, k)
     if not S[-1] > S[0] * len(Gu) * torch.finfo(torch.float32).eps:     # some of them are no direction of W at all
@@ -128,4 +129,4 @@ class FisherCut(ResizeRule):
     def __call__(self, U, V, k, seen=None) -> Factors:
         if k > U.shape[1]:
             return Factors(*grow(U, V, k))
-        return core_cut(U, V, k) if seen is None or seen.A is None else cut_along(U, V, k, seen.A, seen.B)
+        return core_cut(U, V, k) if seen is None or seen.A is None else cut_along(U, V, k, seen.A, seen.B, seen.grams)

@@ -6,7 +6,8 @@ the layers); the others are told.  Where torch.distributed is not in use all of 
 
 from __future__ import annotations
 
-from typing import Any, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -58,10 +59,26 @@ class Group:
         dist.broadcast_object_list(said, self.source, group=self.group, device=device)
         return said[0]
 
+    def agree(self, problem: Exception | None, device: torch.device) -> None:
+        """Raise what stopped rank 0, on all processes; without it they would wait for rank 0 for ever."""
+        if problem is not None and self.rank > 0:
+            raise problem
+        problem = self.say(None if problem is None else retold(problem), device) if self.size > 1 else problem
+        if problem is not None:
+            raise problem
+
     @property
     def source(self) -> int:
         """Rank 0 of the group, as the world counts it."""
         return 0 if self.group is None else dist.get_global_rank(self.group, 0)
+
+
+def retold(error: Exception) -> Exception:
+    """The error as another process can be told it: its type and its text."""
+    try:
+        return type(error)(str(error))
+    except Exception:                                               # a type that wants more than a text
+        return RuntimeError(f"{type(error).__name__}: {error}")
 
 
 def batches(tensors: Sequence[Tensor]) -> list[list[Tensor]]:

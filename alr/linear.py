@@ -8,8 +8,9 @@ from __future__ import annotations
 import numbers
 import warnings
 from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any, Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -64,7 +65,7 @@ class LowRankLinear(nn.Module):
             nn.init.uniform_(self.bias, -self.in_features ** -0.5, self.in_features ** -0.5)
 
     @classmethod
-    def from_linear(cls, linear: nn.Module, rank: int | float, init: Init = Spectral()) -> "LowRankLinear":
+    def from_linear(cls, linear: nn.Module, rank: int | float, init: Init = Spectral()) -> LowRankLinear:
         """The same layer with its weight as two factors that `init` makes from it; the bias is the same Parameter.
 
         linear: an nn.Linear, or a Conv1D of transformers (GPT-2's, whose weight is stored as (n, m)).
@@ -283,7 +284,8 @@ def factorize_(model: nn.Module, rank: int | float | Mapping[str, int | float] |
         try:
             ranks[name] = check_rank(k, m, n, "factorize_", name)
         except ValueError as error:
-            if isinstance(rank, Mapping) or callable(rank) or not isinstance(k, numbers.Integral) or isinstance(k, bool) or k < 1:
+            whole = isinstance(k, numbers.Integral) and not isinstance(k, bool) and k >= 1
+            if isinstance(rank, Mapping) or callable(rank) or not whole:
                 raise
             raise ValueError(f"{error} For another rank in small layers: rank=lambda name, linear: "
                              f"min({k}, linear.in_features, linear.out_features).") from None
@@ -327,7 +329,9 @@ def factorize_like_(model: nn.Module, state: Mapping[str, Any]) -> nn.Module:
     for name in names:
         (m, r), (r2, n) = shapes[f"{name}.U"], shapes[f"{name}.V"]
         layer = low.get(name, dense.get(name))
-        here = None if layer is None else (layer.out_features, layer.in_features) if name in low else tuple(dense_weight(layer).shape)
+        here = None
+        if layer is not None:
+            here = (layer.out_features, layer.in_features) if name in low else tuple(dense_weight(layer).shape)
         if here != (m, n) or r != r2:
             raise ValueError(f"factorize_like_: {name!r} is saved as ({m} x {r}) ({r2} x {n}); the model has "
                              f"{'no linear layer of that name' if here is None else f'{here[0]} x {here[1]} there'}.")

@@ -25,8 +25,9 @@ the second measures how much the loss feels each of these directions.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Iterable, Literal, Mapping, NamedTuple, Sequence
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -52,6 +53,7 @@ class Seen(NamedTuple):
     A: Tensor | None = None                 # the directions, (r, r): W = U A B V, importance[j] is of U A[:, j] B[j] V
     B: Tensor | None = None                 # (r, r)
     weight_gradient: Tensor | None = None   # sum of G over the window, (m, n), on the layer's device
+    grams: tuple[Tensor, Tensor] | None = None      # U^T U and V V^T as they are now, (r, r) each
 
 
 # ------------------------------------------------------------------------------------------------ booking, in the graph
@@ -153,7 +155,7 @@ def _at_rest():
 class Watched:
     """`linear.factored` of one layer while it is observed.  A copy of it, or a saved one, is `factored` again."""
 
-    def __init__(self, book: "Book"):
+    def __init__(self, book: Book):
         self.book = book
 
     def __call__(self, x: Tensor, U: Tensor, V: Tensor, bias: Tensor | None) -> Tensor:
@@ -192,7 +194,7 @@ class Book:
     total: dict[str, Tensor] | None = None
 
     @classmethod
-    def of(cls, layer: LowRankLinear, moments: bool, gradient: bool) -> "Book":
+    def of(cls, layer: LowRankLinear, moments: bool, gradient: bool) -> Book:
         wide, r = working(layer.U.dtype), layer.rank
         def zeros(*shape):
             return torch.zeros(shape, device=layer.U.device, dtype=wide)
@@ -290,14 +292,24 @@ class Observer:
     def _finite(self) -> Tensor:
         """Is every number finite that was booked since the last commit?  A bool on the device."""
         sums = [x.sum().to(self.good) for book in self.books.values() for x in book.pending().values()]
-        return torch.stack(sums).isfinite().all() if sums else torch.ones((), dtype=torch.bool, device=self.good.device)
+        ok = torch.stack(sums).isfinite().all() if sums else torch.ones((), dtype=torch.bool, device=self.good.device)
+        if self.group.size == 1:
+            return ok
+        bad = (~ok).to(self.good)                           # on one of the processes: then the step counts on none
+        self.group.sum([bad])
+        return bad == 0
 
     # ---------------------------------------------------------------- halves
 
     @torch.no_grad()
     def turn(self) -> None:
         """From the moments of the first half to the directions that the second half measures."""
-        found = self._metrics()
+        found, problem = {}, None
+        try:
+            found = self._metrics()
+        except Exception as error:
+            problem = error
+        self.group.agree(problem, self.good.device)
         for name, book in self.books.items():
             if self.group.rank == 0:
                 S, A, B, rows = found[name]
@@ -352,34 +364,34 @@ class Observer:
             return {}
         if not self.needs - {"weight_gradient"}:
             return {name: Seen(round(good), 0.0, weight_gradient=book.total["G"]) for name, book in self.books.items()}
-        small = to_host([x for book in self.books.values() for x in (book.total["H"], book.total["K"], book.total["count"])])
-        if "importance" in self.needs:
-            grammed = to_host([g for layer in self.layers.values() for g in grams(layer)])
+        small = to_host([x for name, book in self.books.items() for x in (book.total["H"], book.total["K"], book.total["count"],
+                                                                          *grams(self.layers[name]))])
         out = {}
         for i, (name, book) in enumerate(self.books.items()):
-            H, K, count = small[3 * i:3 * i + 3]
+            H, K, count, *both = small[5 * i:5 * i + 5]
             H, K = H / count[0].clamp_min(1), K / max(good, 1)
             found = {}
             if "importance" in self.needs:
                 try:
-                    S, A, B = metric_of(grammed[2 * i], grammed[2 * i + 1], H, K)
+                    S, A, B = metric_of(*both, H, K)
                 except (FloatingPointError, torch.linalg.LinAlgError) as error:
                     raise FloatingPointError(f"layer {name!r}: {error}") from error
                 found = {"importance": S.square() / 2, "A": A, "B": B}
-            out[name] = Seen(round(good), count[0].item() / max(good, 1), H, K, weight_gradient=book.total.get("G"), **found)
+            out[name] = Seen(round(good), count[0].item() / max(good, 1), H, K, weight_gradient=book.total.get("G"),
+                             grams=tuple(both), **found)
         return out
 
     def _measured(self) -> dict[str, Seen]:
         good = self._reduce(("felt", "count", "G"))
         if self.group.rank > 0:
             return {}
-        small = to_host([x for book in self.books.values() for x in (book.total["felt"], book.total["count"],
-                                                                     book.total["H"], book.total["K"])])
-        counts = [small[4 * i + 1].tolist() for i in range(len(self.books))]
+        small = to_host([x for name, book in self.books.items() for x in (
+            book.total["felt"], book.total["count"], book.total["H"], book.total["K"], book.A, book.B, *grams(self.layers[name]))])
+        counts = [small[8 * i + 1].tolist() for i in range(len(self.books))]
         example = self.per == "example" or self.per == "auto" and pooled(counts)
         out = {}
         for i, (name, book) in enumerate(self.books.items()):
-            felt, count, H, K = small[4 * i:4 * i + 4]
+            felt, count, H, K, A, B, *both = small[8 * i:8 * i + 8]
             S, rows = self.first[name]
             H, K = H / max(rows, 1), K / max(good[0], 1)
             if count[0] > 0:
@@ -387,10 +399,10 @@ class Observer:
             else:                                           # seen in the first half alone, or never: then S is 0
                 importance = S.square() / 2
             order = importance.argsort(descending=True, stable=True)
-            A, B = book.A.double().cpu()[:, order], book.B.double().cpu()[order]
+            A, B = A[:, order], B[order]
             steps = round(sum(good))
             out[name] = Seen(steps, (rows + count[0].item()) / max(sum(good), 1), H, K, importance[order], A, B,
-                             book.total.get("G"))
+                             book.total.get("G"), tuple(both))
         return out
 
     # ---------------------------------------------------------------- to stop and to go on

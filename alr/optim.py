@@ -9,7 +9,8 @@ Dims: m out_features, n in_features, r rank.  U (m, r), V (r, n).
 from __future__ import annotations
 
 import math
-from typing import Any, Callable, Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -172,8 +173,9 @@ class PairOptimizer(Optimizer):
         states = [self.state[p] for p in params]
         kinds = {(p.device.type, p.is_floating_point()) for p in params}
         moved = [p.to(dtype) for p, dtype in zip(params, wide)]     # itself, where it is wide enough
-        adamw(moved, [p.grad.to(dtype) for p, dtype in zip(params, wide)], [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states], [],
-              [s["step"] for s in states], fused=kinds <= {("cuda", True), ("cpu", True)}, amsgrad=False,
+        adamw(moved, [p.grad.to(dtype) for p, dtype in zip(params, wide)], [s["exp_avg"] for s in states],
+              [s["exp_avg_sq"] for s in states], [], [s["step"] for s in states],
+              fused=kinds <= {("cuda", True), ("cpu", True)}, amsgrad=False,
               beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"], weight_decay=group["weight_decay"],
               eps=group["eps"], maximize=False)
         for p, x in zip(params, moved):
@@ -196,8 +198,10 @@ def check_pairs(listed: list[tuple]) -> None:
     seen: set[int] = set()
     for i, pair in enumerate(listed):
         shapes = ", ".join(str(tuple(p.shape)) if isinstance(p, Tensor) else type(p).__name__ for p in pair)
-        if len(pair) != 2 or not all(isinstance(p, Tensor) and p.dim() == 2 for p in pair) or pair[0].shape[1] != pair[1].shape[0]:
-            raise ValueError(f"PairOptimizer: pair {i} is {shapes}, which are no factors of one matrix; wanted (m, r) and (r, n).")
+        matrices = len(pair) == 2 and all(isinstance(p, Tensor) and p.dim() == 2 for p in pair)
+        if not matrices or pair[0].shape[1] != pair[1].shape[0]:
+            raise ValueError(f"PairOptimizer: pair {i} is {shapes}, which are no factors of one matrix; wanted (m, r) and "
+                             "(r, n).")
         U, V = pair
         if U.shape[1] > min(U.shape[0], V.shape[1]):
             raise ValueError(f"PairOptimizer: pair {i} is {shapes}, of a rank above both sides; is it (V, U)? Wanted (U, V).")

@@ -7,8 +7,9 @@ A policy is asked once for all layers that change together: `policy.plan(optimiz
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -164,7 +165,8 @@ class Transport(_Policy):
         for optimizer in optimizers:
             if not isinstance(optimizer, known) and not getattr(optimizer, "transportable", False):
                 advice = "Use an optimizer of that list" if isinstance(optimizer, torch.optim.LBFGS) else \
-                    "Use state=Reset(everything=False), or set `transportable = True` on an optimizer of your own that keeps nothing else"
+                    "Use state=Reset(everything=False), or set `transportable = True` on an optimizer of your own that " \
+                    "keeps nothing else"
                 raise TypeError(f"Transport: {type(optimizer).__name__} keeps state that is not known to be averages of "
                                 f"gradients ({', '.join(LINEAR)}) or of their squares ({', '.join(SQUARE)}), as Adam, AdamW, "
                                 f"NAdam, RAdam, SGD and Muon do. {advice}.")

@@ -9,8 +9,9 @@ Dims: m out_features, n in_features, q = min(m, n), r rank.  W (m, n) -> U (m, r
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, Callable, Iterable, Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from .axes import Init
 from .budget import allocate, size
-from .factor import break_even, check_rank
+from .factor import break_even
 from .fisher import cut_along
 from .linear import Where, dense_layers, dense_weight, factorize_, low_rank_layers, picks, refuse_wrapped, unwrapped
 from .observe import Observer, Seen
@@ -31,7 +32,7 @@ class FisherStart(Init):
     seen: dict = field(repr=False)          # layer name -> (U, V, Seen) at full rank
     name: str | None = None
 
-    def for_layer(self, name: str) -> "FisherStart":
+    def for_layer(self, name: str) -> FisherStart:
         return FisherStart(self.seen, name)
 
     def __call__(self, weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -69,8 +70,9 @@ def cross_entropy(model: nn.Module, batch: Any) -> Tensor:
     return F.cross_entropy(logits.flatten(0, -2) if logits.dim() > 2 else logits, y.flatten())
 
 
-def suggest_ranks(model: nn.Module, batches: Iterable[Any], share: float, loss: Callable[[nn.Module, Any], Tensor] = cross_entropy,
-                  where: Where = None, min_rank: int = 1, multiple: int = 1, per: Literal["auto", "row", "example"] = "auto"
+def suggest_ranks(model: nn.Module, batches: Iterable[Any], share: float,
+                  loss: Callable[[nn.Module, Any], Tensor] = cross_entropy, where: Where = None, min_rank: int = 1,
+                  multiple: int = 1, per: Literal["auto", "row", "example"] = "auto"
                   ) -> Suggestion:
     """Ranks that keep what the loss of these batches feels most, for `share` of the linear layers' numbers in all.
 

@@ -10,16 +10,30 @@ its singular values moved to 1, is [Q_U X] Z [Q_V^T; Y] with a 2r x 2r core Z, f
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Sequence
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .axes import Count
 from .factor import check_rank, grow, working
-from .rules import (COEFFICIENTS, Pair, Rule, Settings, alike, average, averaged, decay_, decayed, exact, orthogonalize,
-                    shape_scale, stacked)
+from .rules import (
+    COEFFICIENTS,
+    Pair,
+    Rule,
+    Settings,
+    alike,
+    average,
+    averaged,
+    decay_,
+    decayed,
+    exact,
+    orthogonalize,
+    shape_scale,
+    stacked,
+)
 
 TINY = 1e-15                            # norms below count as zero: their squares are still numbers in float32 (ours)
 
@@ -91,33 +105,17 @@ def core_sign(K: Tensor, GX: Tensor, GY: Tensor, steps: int) -> Tensor:
     return K
 
 
-def tangent_sign(X: Tensor, Y: Tensor, Q_U: Tensor, Q_V: Tensor, steps: int, tau: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """The sign of X Q_V^T + Q_U Y, where Y Q_V = 0: -> Z (b, 2r, 2r), and X and Y as it is written in them.
+def tangent_sign(C: Tensor, X: Tensor, Y: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The sign of T = Q_U C Q_V^T + X Q_V^T + Q_U Y, where Q_U^T X = 0 and Y Q_V = 0: -> Z, and X and Y of unit size of T.
 
-    (b, m, r), (b, r, n), (b, m, r), (b, n, r).  tau: so many times, the sign is projected on the tangent space (its fourth
-    block is dropped), each time but the last followed by the sign of what is left; 0: all four blocks are kept.
+    (b, r, r), (b, m, r), (b, r, n) -> (b, 2r, 2r), (b, m, r), (b, r, n).
     """
-    r = X.shape[-1]
-    C = Q_U.mT @ X                                                  # (b, r, r)
-    X = X - Q_U @ C                                                 # (b, m, r)
-    if tau > 1:                         # what rounding has left inside would be lifted by some 500 with every sign
-        X, Y = outside(X.mT, Q_U).mT, outside(Y, Q_V)
     GX, GY = X.mT @ X, Y @ Y.mT                                     # (b, r, r), (b, r, r)
     trace = GX.diagonal(dim1=-2, dim2=-1).sum(-1) + GY.diagonal(dim1=-2, dim2=-1).sum(-1)       # (b,)
     size = (trace + C.square().sum((-2, -1))).sqrt().clamp_min(TINY)[:, None, None]             # (b, 1, 1): ||T||_F
-    X, Y, GX, GY = X / size, Y / size, GX / size.square(), GY / size.square()
-    eye = torch.eye(r, dtype=X.dtype, device=X.device).expand_as(C)
+    eye = torch.eye(C.shape[-1], dtype=C.dtype, device=C.device).expand_as(C)
     K = torch.cat([torch.cat([C / size, eye], -1), torch.cat([eye, torch.zeros_like(C)], -1)], -2)      # (b, 2r, 2r)
-    Z = core_sign(K, GX, GY, steps)
-    for left in reversed(range(tau)):
-        Z = Z.clone()
-        Z[:, r:, r:] = 0                                            # P_T: no part outside of W's columns and of its rows
-        if left:
-            S = Z.mT @ torch.cat([Z[:, :r], GX @ Z[:, r:]], -2)     # (b, 2r, 2r)
-            square = S[:, :r, :r].diagonal(dim1=-2, dim2=-1).sum(-1) + (S[:, r:, r:] * GY).sum((-2, -1))    # ||T||_F^2
-            scale = torch.where(square > TINY * TINY, square.rsqrt(), torch.ones_like(square))      # (b,)
-            Z = core_sign(Z * scale[:, None, None], GX, GY, steps)
-    return Z, X, Y
+    return core_sign(K, GX / size.square(), GY / size.square(), steps), X / size, Y / size
 
 
 # ------------------------------------------------------------------------------------------------ the rule
@@ -142,7 +140,8 @@ class Tangent(Rule):
 
     State, in the factors' dtype: M = X F_V + F_U Y, X and Y as momentum_buffer (m, r) and (r, n), F_U and F_V, the frames
     that M was last seen from, as frame (m, r) and (r, n).  M is a matrix in the space of W: a change of factors or of rank
-    leaves it alone but for what the new tangent space does not hold.
+    leaves it alone but for what the new tangent space does not hold.  All algebra is in float32 or wider; factors in
+    bfloat16 are rounded once a step, W with them.
     """
 
     cut: Literal["qr", "svd"] = "qr"
@@ -201,7 +200,8 @@ class Tangent(Rule):
         momentum = (X, Q_U, Y, Q_V.mT)
         if settings.nesterov:
             X, Y = new_X.lerp(X, settings.momentum), new_Y.lerp(Y, settings.momentum)
-        Z, X, Y = tangent_sign(X, Y, Q_U, Q_V, settings.ns_steps)
+        C = Q_U.mT @ X                                              # (b, R, R)
+        Z, X, Y = tangent_sign(C, X - Q_U @ C, Y, settings.ns_steps)
         return U, V, Sign(Q_U, X, Z, Q_V, Y, A_U, A_V), momentum
 
     @torch.no_grad()
@@ -228,7 +228,7 @@ def of_gradients(g_U: Tensor, g_V: Tensor, U_: Tensor, V_: Tensor, P_V: Tensor) 
 
 def orthonormal(X: Tensor) -> Tensor:
     """A basis of X's columns by the SVD, with zero columns for the directions that X does not have: (L, r) -> (L, r)."""
-    P, S, Qt = torch.linalg.svd(X, full_matrices=False)             # (L, r), (r,), (r, r)
+    P, S, _ = torch.linalg.svd(X, full_matrices=False)              # (L, r), (r,)
     return P * (S > max(X.shape) * torch.finfo(X.dtype).eps * S[:1])
 
 
@@ -310,7 +310,9 @@ class LoRATSD(Rule):
 
     From the authors' code and its descriptions: the step, balance, the core of T wholly in dU.  Not here: their cap on
     ||lr T||_F (0.1, for fine-tuning: at the ranks of pre-training it would set every step), their warm-up and their ridge
-    (a direction that a factor does not have is left out instead, see `frame`).  tau 3: the paper's best in fine-tuning.
+    (a direction that a factor does not have is left out instead, see `frame`); so weak directions that the factors do have
+    take steps as long as lr over their singular value, and ill-conditioned factors diverge.  tau 3: from the paper's
+    fine-tuning, better there than 1.
     Decay: `rules.decayed`.  State per factor: momentum_buffer, in the factor's dtype.
     """
 
@@ -348,10 +350,15 @@ class LoRATSD(Rule):
             V, Y = (stacked([x.mT for x in side], wide).mT
                     for side in zip(*((p.V, moves[id(p)][1]) for p in group)))                              # (b, R, n)
             (Q_U, A_U), (Q_V, A_V) = frame(U), frame(V.mT)          # (b, m, R), (b, n, R)
-            Z, X, Y = tangent_sign(X @ A_V, outside(A_U.mT @ Y, Q_V), Q_U, Q_V, settings.ns_steps, self.tau)
-            lr, R = settings.lr * shape_scale(settings.adjust_lr_fn, U.shape[-2], V.shape[-1]), U.shape[-1]
-            dU = lr * ((Q_U @ Z[:, :R, :R] + X @ Z[:, R:, :R]) @ A_V.mT)        # (b, m, R)
-            dV = lr * (A_U @ Z[:, :R, R:] @ Y)                                  # (b, R, n)
+            X, Y, R = X @ A_V, A_U.mT @ Y, U.shape[-1]              # (b, m, R), (b, R, n)
+            C = Q_U.mT @ X                                          # (b, R, R)
+            X = X - Q_U @ C                                         # (b, m, R)
+            for _ in range(self.tau):
+                # twice outside: what rounding leaves inside, every sign lifts by some 500
+                Z, X, Y = tangent_sign(C, outside(X.mT, Q_U).mT, outside(outside(Y, Q_V), Q_V), settings.ns_steps)
+                C, X, Y = Z[:, :R, :R], X @ Z[:, R:, :R], Z[:, :R, R:] @ Y      # P_T: the fourth block is left out
+            lr = settings.lr * shape_scale(settings.adjust_lr_fn, U.shape[-2], V.shape[-1])
+            dU, dV = lr * ((Q_U @ C + X) @ A_V.mT), lr * (A_U @ Y)  # (b, m, R), (b, R, n)
             moved |= {id(pair): (u[:, :pair.U.shape[1]], v[:pair.U.shape[1]]) for pair, u, v in zip(group, dU, dV)}
         decay_(pairs, settings)
         for i in (0, 1):

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import nbformat
 import yaml
+
 from offline import complete
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -11,6 +11,7 @@ from alr.estimate import stable_rank, stable_rank_power
 from alr.factor import svd_core, svd_full
 from alr.lab.model import GPT, GPTConfig
 from alr.optim import PairOptimizer, pairs
+from alr.tangent import Tangent
 
 
 def factors(m, n, r):
@@ -52,7 +53,8 @@ def bench_layer(benchmark, way, n, m):
     benchmark.pedantic(step, rounds=30, warmup_rounds=5)
 
 
-STEP = ["forward + backward", "AdamW on the factors", "pair optimizer on the factors", "rank check of all 36 layers (repaired)",
+STEP = ["forward + backward", "AdamW on the factors", "pair optimizer on the factors", "tangent step on the factors",
+        "rank check of all 36 layers (repaired)",
         "worths of all 36 layers (alr)"]
 
 
@@ -73,6 +75,7 @@ def bench_step(benchmark, what):
     for layer in layers:                                            # as hooks would leave them before a decision
         layer.hidden, layer.felt = layer.V.detach() @ layer.V.detach().mT, layer.U.detach().mT @ layer.U.detach()
     work = dict(zip(STEP, [step, torch.optim.AdamW(factors, fused=True).step, PairOptimizer(pairs(model)).step,
+                           PairOptimizer(pairs(model), rule=Tangent()).step,
                            lambda: [recipes.repaired.estimate(layer) for layer in layers],
                            lambda: [recipes.alr.estimate(layer) for layer in layers]]))[what]
     benchmark.pedantic(work, rounds=3 if what == STEP[0] else 10, warmup_rounds=1)

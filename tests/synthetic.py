@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
-from alr.lab.log import digest
 from alr.evidence.records import thin
+from alr.lab.log import digest
 
 ROLES = ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.up", "mlp.down")
 

@@ -4,8 +4,18 @@ import pytest
 import torch
 
 from alr import LowRankLinear
-from alr.estimate import (EffectiveRank, ScaledStableRank, SpectralShare, StableRank, StableRankPower, effective_rank, share_rank,
-                          stable_rank, stable_rank_exact, stable_rank_power)
+from alr.estimate import (
+    EffectiveRank,
+    ScaledStableRank,
+    SpectralShare,
+    StableRank,
+    StableRankPower,
+    effective_rank,
+    share_rank,
+    stable_rank,
+    stable_rank_exact,
+    stable_rank_power,
+)
 from alr.init import Gaussian
 
 

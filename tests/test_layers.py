@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-MAY_IMPORT = {                          # wing -> the wings that it may import from, besides itself; "": the files of alr/ itself
+MAY_IMPORT = {                          # wing -> the wings that it may import from, besides itself; "": the files of alr/
     "": set(),
     "history": {""},
     "recipes": {"", "history"},

@@ -133,7 +133,8 @@ def test_torch_transformer_layer_works_in_train_and_eval():
 
 
 @pytest.mark.parametrize("call, words", [
-    (lambda: factorize_(Net(), 8, where=lambda n: "attn" in n), "no linear layer matched `where`. The model has 3, the first is 'up'"),
+    (lambda: factorize_(Net(), 8, where=lambda n: "attn" in n),
+     "no linear layer matched `where`. The model has 3, the first is 'up'"),
     (lambda: factorize_(nn.ReLU(), 8), "The model has none"),
     (lambda: factorize_(Net(tied=True), 8), "'head' shares its weight with 'wte'"),
     (lambda: factorize_(Net(), 0), r"rank 0 asked of up \(48 x 32\); it takes 1 to 32"),

@@ -125,7 +125,8 @@ def test_a_pooled_classifier_is_measured_on_examples(T):
 def test_what_a_term_of_the_loss_belongs_to_can_be_said():
     def data(i):
         return torch.randn(24, 8, 12, generator=torch.Generator().manual_seed(i)), batch(i, 24)[1]
-    rows, examples, auto = (observed(Pool(), lambda m, i: loss(m, *data(i)).backward(), per=per) for per in ("row", "example", "auto"))
+    rows, examples, auto = (observed(Pool(), lambda m, i: loss(m, *data(i)).backward(), per=per)
+                            for per in ("row", "example", "auto"))
     same(auto, examples)
     assert (rows["trunk.0"].importance / examples["trunk.0"].importance - 1).abs().max() > 0.5
 
@@ -272,12 +273,14 @@ def test_the_weight_gradient_is_the_one_that_a_formed_w_would_get():
 
 # ------------------------------------------------------------------------------------------------ precision
 
-@pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-6), (torch.float32, 1e-6), (torch.bfloat16, 0.15), (torch.float16, 0.05)])
+@pytest.mark.parametrize("dtype, bound",
+                         [(torch.float64, 1e-6), (torch.float32, 1e-6), (torch.bfloat16, 0.15), (torch.float16, 0.05)])
 def test_it_counts_in_float32_or_wider(dtype, bound):
     wide = observed(net().double(), lambda m, i: loss(m, batch(i)[0].double(), batch(i)[1]).backward())
     seen = observed(net().to(dtype), lambda m, i: F.cross_entropy(m(batch(i)[0].to(dtype)).float(), batch(i)[1]).backward())
     for name in seen:
-        close(seen[name].importance.sum(), wide[name].importance.sum(), rtol=bound if dtype is not torch.float32 else 1e-4, atol=0)
+        close(seen[name].importance.sum(), wide[name].importance.sum(), rtol=bound if dtype is not torch.float32 else 1e-4,
+              atol=0)
 
 
 def test_few_dimensions_under_autocast_are_no_divergence():
@@ -321,7 +324,8 @@ def run(model, optimizer, adapter, start, stop):
 
 def start(rank=0.9, width=24):
     torch.manual_seed(0)
-    return factorize_(nn.Sequential(nn.Linear(12, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 5)), rank=rank)
+    return factorize_(nn.Sequential(nn.Linear(12, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 5)),
+                      rank=rank)
 
 
 @pytest.mark.parametrize("steps", [3, 6])                           # at rest, and in the window

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 import alr
-from alr.resize import SvdCore
 from alr.linear import factorize_, low_rank_layers
 from alr.optim import PairOptimizer, pairs
+from alr.resize import SvdCore
 from alr.rules import orthogonalize, whitener
 from alr.state import Reset, Slice, Swap, Transport
 
@@ -57,7 +57,7 @@ def test_a_step_moves_the_product_by_at_most_lr(scale, rank):
     with torch.no_grad():
         layer.U.mul_(scale)
     optimizer = PairOptimizer([(layer.U, layer.V)], lr=0.05)
-    for step in range(5):
+    for _ in range(5):
         before = layer.weight.detach().clone()
         layer.zero_grad()
         layer(torch.randn(16, 12)).pow(2).mean().backward()

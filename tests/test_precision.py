@@ -54,7 +54,8 @@ def best(U, V, k):
 
 @kinds
 @pytest.mark.parametrize("r, k", [(64, 60), (128, 120)])
-@pytest.mark.parametrize("cut", [svd_core, svd_full, lambda U, V, k: core_cut(U, V, k)[:2], lambda U, V, k: SvdCore()(U, V, k)[:2]],
+@pytest.mark.parametrize("cut",
+                         [svd_core, svd_full, lambda U, V, k: core_cut(U, V, k)[:2], lambda U, V, k: SvdCore()(U, V, k)[:2]],
                          ids=["svd_core", "svd_full", "core_cut", "SvdCore"])
 def test_a_cut_is_as_good_as_the_best_to_the_rounding_of_its_dtype(cut, r, k, kind):
     U, V = factors(512, 512, r, kind)
@@ -136,7 +137,8 @@ def test_orthogonalized_values_stay_below_their_bound_whatever_the_condition(kin
             whitener(X.mT @ X)
 
 
-SETTINGS = Settings(lr=0.05, momentum=0.95, nesterov=True, weight_decay=0.0, decay="factors", ns_steps=5, adjust_lr_fn="original")
+SETTINGS = Settings(lr=0.05, momentum=0.95, nesterov=True, weight_decay=0.0, decay="factors", ns_steps=5,
+                    adjust_lr_fn="original")
 
 
 def by_hand(U, V, grads, lr):
@@ -220,7 +222,8 @@ def test_a_step_moves_w_by_about_lr_and_never_by_more(kind):
     model, lr, moves = net(kind), 0.03, []
     optimizer = alr.PairOptimizer(model, lr=lr)
     for i in range(25):
-        before = [(layer.U.detach().double().clone(), layer.V.detach().double().clone()) for layer in low_rank_layers(model).values()]
+        before = [(layer.U.detach().double().clone(),
+                   layer.V.detach().double().clone()) for layer in low_rank_layers(model).values()]
         loss_of(model, i, kind).backward()
         with cast(kind):
             optimizer.step()

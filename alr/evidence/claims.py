@@ -24,7 +24,6 @@ from .records import Runs, merge, one_per_seed, runs
 from .register import ClaimError, judge, load, named
 from .stats import Interval, compare, mean
 
-
 # ------------------------------------------------------------------------------------------------ computing
 
 def digits(x: float | None) -> float | None:
@@ -52,9 +51,10 @@ def _values(key, claim, suite, arm) -> pd.Series:
 def compute_one(key: str, claim: dict, suite: Runs | None) -> dict:
     """One entry of claims.json: what was claimed, what the records say, and the verdict.  suite None: not recorded."""
     kind = "mean" if "single" in claim else "ratio of means" if claim.get("ratio") else "difference of means"
+    source = ", ".join(f"data/runs/{name}" for name in named(claim))
     out = {"text": claim["text"], "value": None, "low": None, "high": None, "unit": claim["unit"], "n": 0,
-           "verdict": "not recorded", "source": ", ".join(f"data/runs/{name}" for name in named(claim)), "chapter": claim["chapter"],
-           "format": claim.get("format", ".3f"), "seeds": [], "kind": kind,
+           "verdict": "not recorded", "source": source, "chapter": claim["chapter"], "format": claim.get("format", ".3f"),
+           "seeds": [], "kind": kind,
            "rule": claim.get("rule"), "threshold": claim.get("threshold"), "note": ""}
     arms = claim.get("arms") or [claim["single"]]
     absent = [repr(arm) for arm in arms if suite is None or arm not in suite.arms]

@@ -39,7 +39,8 @@ def join(parts: Iterable[object], between: str = "") -> Html:
 
 def tag(name: str, *content: object, **attributes: object) -> Html:
     """One element.  class_ becomes class, data_sort becomes data-sort; an attribute that is None is left out."""
-    given = "".join(f' {k.strip("_").replace("_", "-")}="{html.escape(str(v))}"' for k, v in attributes.items() if v is not None)
+    given = "".join(f' {k.strip("_").replace("_", "-")}="{html.escape(str(v))}"' for k, v in attributes.items()
+                    if v is not None)
     return Html(f"<{name}{given}>{join(content)}</{name}>")
 
 

@@ -4,8 +4,8 @@
     leaderboard(runs("evolution"), dense="dense")
     provenance_footer("evolution", "leak")      # the last cell of a chapter: the records that it drew from
 
-Each returns `Html`, which a notebook shows as it is; what a record, a register or a suite says is escaped in it.  The look stands in book/_static/alr.css, sorting in sort.js;
-without them (JupyterLab) the tables are plain and complete.
+Each returns `Html`, which a notebook shows as it is; what a record, a register or a suite says is escaped in it.
+The look stands in book/_static/alr.css, sorting in sort.js; without them (JupyterLab) the tables are plain and complete.
 """
 
 from __future__ import annotations

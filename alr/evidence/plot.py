@@ -3,9 +3,9 @@
     r = runs("evolution")
     losses(r.curves), pareto(r.ends), rank_map(r.of(arm="v10", seed=0).ranks), forest(claims.read())
 
-A figure is a white card with dark ink, the same in light and dark pages (`alr.evidence.style`); an arm or a role has the same
-colour in all of them, and every axis names its unit.  Bands and bars are 95 % t intervals over seeds (`alr.evidence.stats`); one
-seed has none.
+A figure is a white card with dark ink, the same in light and dark pages (`style`); an arm or a role has the same colour in
+all of them, and every axis names its unit.  Bands and bars are 95 % t intervals over seeds (`stats`); one seed has none.
+Seaborn draws heat maps, points and lines with intervals; what it has no chart for is drawn by matplotlib.
 """
 
 from __future__ import annotations
@@ -266,7 +266,7 @@ def forest(claims: Mapping[str, dict], title: str = "") -> Figure:
         seen = seen or [0.0]
         pad = 0.12 * (max(seen) - min(seen)) or 0.1 * abs(seen[0]) or 1.0
         left, right = min(seen) - pad, max(seen) + pad
-        for y, ((key, c), ends) in enumerate(zip(rows, limits)):
+        for y, ((_, c), ends) in enumerate(zip(rows, limits)):
             colour, tint = VERDICTS[c["verdict"]]
             if ends:
                 a, b = max(ends[0], left), min(ends[1], right)

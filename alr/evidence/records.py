@@ -15,9 +15,9 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Iterable, Sequence
 
 import pandas as pd
 
@@ -154,7 +154,7 @@ class Runs:
     ends: pd.DataFrame                  # a row per finished run: whole-split losses, params_*, seconds, flops, rank_*
     provenance: pd.DataFrame            # a row per run: the `run` line, nested keys with dots (config.lr, corpus.name)
 
-    def of(self, **keys) -> "Runs":
+    def of(self, **keys) -> Runs:
         """The runs with these values, e.g. of(arm="v10", seed=0) or of(arm=["v10", "alr"])."""
         def cut(table):
             for k, v in keys.items():

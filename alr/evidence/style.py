@@ -6,7 +6,7 @@ Colours are Okabe and Ito's (2008), which survive the common kinds of colour bli
 from __future__ import annotations
 
 import functools
-from typing import Sequence
+from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure

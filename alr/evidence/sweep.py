@@ -13,10 +13,10 @@ import os
 import random
 import sys
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Sequence
 
 from tqdm import tqdm
 
@@ -150,8 +150,8 @@ def dry_run(suite: Suite, data: Path = DATA, only: Sequence[str] = ()) -> str:
     now, later = pending(suite, data, only)
     times = [seconds(suite, job, data) for job in now + later]
     known = [t for t in times if t is not None]
-    lines = [f"  {job.name:<44} {'?' if t is None else f'{t:6.0f} s'}{'  (waits for ' + job.arm.ranks_from + ')' if job in later else ''}"
-             for job, t in zip(now + later, times)]
+    lines = [f"  {job.name:<44} {'?' if t is None else f'{t:6.0f} s'}"
+             + (f"  (waits for {job.arm.ranks_from})" if job in later else "") for job, t in zip(now + later, times)]
     untuned = [a.name for a in suite.arms if suite.tune and a.tune and a.name not in suite.choose(data)]
     lines.append(f"{suite.name}: {len(now) + len(later)} runs to make"
                  + (f", about {sum(known) / 60:.0f} min in one process" if known else ", no time measured yet")
@@ -167,7 +167,8 @@ def verify(suite: Suite, data: Path = DATA, seed: int | None = None, tolerance: 
     """
     there = [job for job in suite.jobs(data) + suite.tuning_jobs() if job.path(data).exists()]
     if not there:
-        raise RuntimeError(f"verify {suite.name}: there is no record yet; run python -m alr.sweep data/suites/{suite.name}.toml")
+        raise RuntimeError(f"verify {suite.name}: there is no record yet; run python -m alr.sweep "
+                           f"data/suites/{suite.name}.toml")
     job = random.Random(seed).choice(there)
     old = [json.loads(line) for line in verify_digest(job.path(data))]
     with tempfile.TemporaryDirectory() as folder:
@@ -207,7 +208,8 @@ def main(argv: list[str] | None = None) -> int:
         elif args.verify:
             print(verify(suite, seed=args.pick))
         else:
-            print(f"{suite.name}: {sweep(suite, args.jobs, limit=args.limit, only=args.only)} runs recorded in {DATA / 'runs' / suite.name}")
+            made = sweep(suite, args.jobs, limit=args.limit, only=args.only)
+            print(f"{suite.name}: {made} runs recorded in {DATA / 'runs' / suite.name}")
     except (ValueError, FileNotFoundError, RuntimeError) as error:
         print(f"sweep: {error}", file=sys.stderr)
         return 1

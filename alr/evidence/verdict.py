@@ -1,6 +1,6 @@
 """A claim's trial as a box for a page: what was claimed, what the runs say, the verdict, how many runs, where they lie.
 
-    Verdict("Once ranks stabilise, the loss drops.", [Finding("no drop without adaptation", gap, ">", 1.0)], 12, "data/runs/leak")
+    Verdict("Once ranks stabilise, the loss drops.", [Finding("no drop without it", gap, ">", 1.0)], 12, "data/runs/leak")
 
 The words come from `register.judge`: supported only when the whole interval obeys the rule.  No torch.
 """

@@ -7,8 +7,8 @@ what a controller answers never lies above the cap.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Sequence
 
 from ..axes import Control, Count, NonNegative, Share, Whole
 from ..control import clamp
@@ -45,7 +45,7 @@ class Ramp(Control):
     remember: bool = False
     warmup: Whole = 0                   # optimizer steps before these layers move: script v5.1 has fc1 wait longer
 
-    def paced(self, factor: float) -> "Ramp":
+    def paced(self, factor: float) -> Ramp:
         return replace(self, warmup=round(self.warmup * factor))
 
     def init(self, ranks):

@@ -174,7 +174,7 @@ class Grouping(GradientRule):
     where: tuple[str, ...] = ("fc2", "*.mlp.up")                # script v1: fc2; a GPT's `up` is the like of it (ours)
     seed: Whole = 0                                                 # of the random order
 
-    def paced(self, factor: float) -> "Grouping":
+    def paced(self, factor: float) -> Grouping:
         """The same on a clock with `factor` times as many steps per epoch.  Fractions stay, and so does `every`."""
         return replace(self, epoch=max(1, round(self.epoch * factor)),
                        stages=tuple((until if until < 1 else max(1, round(until * factor)), t) for until, t in self.stages))

@@ -7,8 +7,8 @@ dtype of dL/dy, which autocast makes narrower than the factors, and returns grad
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Callable
 
 import torch
 import torch.nn.functional as F

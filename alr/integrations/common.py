@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Iterable, Literal, Sequence
+from collections.abc import Iterable, Sequence
+from typing import Literal
 
 import torch
 from torch import nn
@@ -33,9 +34,9 @@ class Adapting:
         """Make the adapter; `saved`: what `saved()` gave when the run stopped."""
         self.end()
         if saved is not None and not alike(saved["prints"], prints(model)):
-            raise ValueError("AdaptRanks: the model does not hold the weights that were saved with the adapter's state, so it was "
-                             "not restored, or from another checkpoint. transformers gives the weights of some models other "
-                             "names in its files (ViT, Mixtral) and does not resume those.")
+            raise ValueError("AdaptRanks: the model does not hold the weights that were saved with the adapter's state, so "
+                             "it was "
+                             "not restored, or from another checkpoint.")
         self.adapter = RankAdapter(model, optimizers, self.recipe, total_steps, per=self.per)
         self.events = []
         if saved is not None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import importlib
 import math
 import sys
-from typing import Any, Iterable, Literal
+from collections.abc import Iterable
+from typing import Any, Literal
 
 from torch import nn
 
@@ -61,12 +62,14 @@ class AdaptRanks(Adapting, *callback_classes()):
 
     def on_train_start(self, trainer, pl_module) -> None:
         if trainer.world_size > 1:
-            raise ValueError(f"AdaptRanks: {type(trainer.strategy).__name__} runs {trainer.world_size} processes, and what it wraps "
+            raise ValueError(f"AdaptRanks: {type(trainer.strategy).__name__} runs {trainer.world_size} processes, and what it "
+                             f"wraps "
                              "the model in cannot follow a rank that changes. Train on one device (devices=1), hold the ranks "
                              "and leave the callback out, or write the loop with alr.average_gradients(model).")
         saved, self._saved = self._saved, None
         if trainer.global_step and saved is None:
-            raise ValueError(f"AdaptRanks: training goes on from step {trainer.global_step}, and the checkpoint holds no state of "
+            raise ValueError(f"AdaptRanks: training goes on from step {trainer.global_step}, and the checkpoint holds no "
+                             f"state of "
                              "AdaptRanks. Load its weights alone (alr.factorize_like_, load_state_dict) and train anew.")
         # Lightning's own averages keep their copy in an attribute of one name
         self._theirs = [copy for callback in trainer.callbacks
@@ -80,7 +83,8 @@ class AdaptRanks(Adapting, *callback_classes()):
         if math.isfinite(estimated):
             return int(estimated)
         if self.recipe.control.needs_total_steps:
-            raise ValueError(f"AdaptRanks: {type(self.recipe.control).__name__} plans over the whole run, and its length is not "
+            raise ValueError(f"AdaptRanks: {type(self.recipe.control).__name__} plans over the whole run, and its length "
+                             f"is not "
                              "known " + ("(max_epochs=-1)" if pl_module.automatic_optimization else "in manual optimization") +
                              "; write AdaptRanks(recipe, total_steps=...), in optimizer steps.")
         return None

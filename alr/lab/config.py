@@ -48,11 +48,11 @@ class Config:
     init_rank: int | float | None = None        # rank of every layer at the start, or (0.5) a share of its dense parameters
     min_rank: int | None = None         # least rank a controller may choose; the recipe's if not said
 
-    optimizer: Literal[NAMES] = "adamw"         # muon: on block matrices, pairs: on factors
-    lr: float = 3e-4                    # learning rate (with muon and pairs: of AdamW, on the rest)
+    optimizer: Literal[NAMES] = "adamw"         # muon: on block matrices; pairs, tangent, lora-*: on factors
+    lr: float = 3e-4                    # learning rate (with muon and rules for pairs: of AdamW, on the rest)
     rest_lr: float | None = None        # of embeddings, head and norms, whatever the optimizer; --lr if not said
     muon_lr: float = 0.02               # learning rate of Muon
-    pairs_lr: float = 0.03              # radius of the pair optimizer: spectral norm of a step of W
+    pairs_lr: float = 0.03              # of the rules for pairs of factors: spectral norm of a step of W
     momentum: float = 0.9               # of SGD
     weight_decay: float = 0.01          # on every parameter; decoupled for adamw and muon, an L2 term for adam and sgd
     decay: Literal["factors", "product"] = "factors"        # of low-rank layers: decay U and V, or W = U V (Frobenius)

@@ -17,10 +17,10 @@ import math
 import os
 import re
 from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import repeat
-from typing import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor

@@ -8,8 +8,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Sequence
 
 PACKAGE = Path(__file__).resolve().parents[1]         # alr/
 

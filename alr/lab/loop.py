@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from typing import Callable
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -16,14 +16,15 @@ from tqdm import tqdm
 
 from ..adapt import Resize
 from ..causal import evaluating
-from .data import IGNORE, SPLITS, Batches, blocks
-from .device import autocast, forget_peak_memory, peak_memory_mb, synchronize
 from ..group import average_gradients
 from ..linear import product_decay_
+from .data import IGNORE, SPLITS, Batches, blocks
+from .device import autocast, forget_peak_memory, peak_memory_mb, synchronize
 from .model import count_parameters
+from .optimizers import OPTIMIZERS
+from .processes import Workers
 from .run import Run
 from .stop import Stop
-from .processes import Workers
 
 
 def evaluate(model: nn.Module, tokens: Tensor, block: int, batch: int, device: torch.device | str = "cpu",
@@ -134,7 +135,7 @@ class Loop:
         events = self.decide() if run.recipe.when == "before" else []
         for optimizer in run.optimizers:
             optimizer.step()
-        if c.decay == "product" and c.optimizer != "pairs":     # which decays the product itself
+        if c.decay == "product" and "pairs_lr" not in OPTIMIZERS[c.optimizer].reads:   # those decay it themselves
             product_decay_(run.model, run.optimizer.param_groups[0]["lr"] * c.weight_decay)
         run.step += 1
         run.running += loss.detach()                    # stays on the device: reading it would make the host wait

@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Callable, Iterable, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import nn
@@ -13,6 +14,8 @@ from torch.optim import Optimizer
 
 from ..linear import low_rank_layers
 from ..optim import PairOptimizer
+from ..rules import LoRAMuon, Rule, Spectron
+from ..tangent import LoRATSD, Tangent
 
 if TYPE_CHECKING:
     from .config import Config
@@ -56,17 +59,20 @@ def _muon(c: Config, p: Parts) -> list[Optimizer]:
     return [torch.optim.Muon(groups(c, p, p.matrices, c.muon_lr)), torch.optim.AdamW(groups(c, p, p.rest), **p.fused)]
 
 
-def _pairs(c: Config, p: Parts) -> list[Optimizer]:
-    mine = {id(x) for pair in p.pairs for x in pair}
-    rest = groups(c, p, [x for x in p.all if id(x) not in mine])
-    pairs = [{"pairs": p.pairs, "lr": c.pairs_lr, "weight_decay": c.weight_decay, "decay": c.decay, "adjust_lr_fn": "none"}]
-    return [PairOptimizer(pairs + rest)]
+def _by_pairs(rule: Rule, scale: str) -> Callable[[Config, Parts], list[Optimizer]]:
+    """PairOptimizer with this rule.  scale: adjust_lr_fn; Spectron's radius goes without, as its recorded runs did."""
+    def make(c, p):
+        mine = {id(x) for pair in p.pairs for x in pair}
+        rest = groups(c, p, [x for x in p.all if id(x) not in mine])
+        pairs = [{"pairs": p.pairs, "lr": c.pairs_lr, "weight_decay": c.weight_decay, "decay": c.decay, "adjust_lr_fn": scale}]
+        return [PairOptimizer(pairs + rest, rule=rule)]
+    return make
 
 
 class Entry(NamedTuple):
     """make: (config, parts) -> optimizers.  reads: the settings that it alone reads."""
 
-    make: Callable[["Config", Parts], list[Optimizer]]
+    make: Callable[[Config, Parts], list[Optimizer]]
     about: str
     reads: tuple[str, ...] = ()
 
@@ -76,7 +82,10 @@ OPTIMIZERS = {
     "adam": Entry(_adam(torch.optim.Adam), "Adam on all"),
     "sgd": Entry(_sgd, "SGD with momentum on all", ("momentum",)),
     "muon": Entry(_muon, "Muon on the matrices of the blocks, AdamW on the rest", ("muon_lr",)),
-    "pairs": Entry(_pairs, "Spectron's rule on pairs of factors, AdamW on the rest", ("pairs_lr",)),
+    "pairs": Entry(_by_pairs(Spectron(), "none"), "Spectron's rule on pairs of factors, AdamW on the rest", ("pairs_lr",)),
+    "tangent": Entry(_by_pairs(Tangent(), "original"), "Muon on rank-r matrices, AdamW on the rest", ("pairs_lr",)),
+    "lora-muon": Entry(_by_pairs(LoRAMuon(), "original"), "LoRA-Muon's rule on pairs, AdamW on the rest", ("pairs_lr",)),
+    "lora-tsd": Entry(_by_pairs(LoRATSD(), "original"), "LoRA-TSD's rule on pairs, AdamW on the rest", ("pairs_lr",)),
 }
 NAMES = tuple(OPTIMIZERS)
 

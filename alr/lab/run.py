@@ -10,18 +10,18 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import checkpoint
 from .. import recipes
 from ..adapt import RankAdapter, Recipe
-from .config import Config
 from ..axes import each
-from .data import Corpus, corpus
-from .device import pick_device, pick_dtype, processor
 from ..factor import check_rank
 from ..linear import low_rank_layers
+from . import checkpoint
+from .config import Config
+from .data import Corpus, corpus
+from .device import pick_device, pick_dtype, processor
 from .log import Log, provenance
-from .optimizers import make_optimizers
 from .model import GPT, MLPLM, GPTConfig, MLPConfig, block_linears, count_parameters
+from .optimizers import make_optimizers
 from .processes import Workers
 
 MOVABLE = {"device", "threads"}                         # settings that a resumed run may change
@@ -184,7 +184,7 @@ def ended(run: Run) -> bool:
 
 
 def now() -> str:
-    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def opening(run: Run, label: str | None = None) -> dict:

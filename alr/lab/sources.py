@@ -16,9 +16,9 @@ import sysconfig
 import tempfile
 import warnings
 import zipfile
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterator, Mapping
 
 SPLITS = ("train", "valid", "test")
 VERSION = 1                                 # of the rules by which pydoc is read; part of its cache's name
@@ -243,7 +243,8 @@ def pydoc_documents(lib: Path | None = None) -> list[tuple[str, str]]:
     try:
         _write(path, json.dumps(documents, ensure_ascii=False).encode())
     except OSError as error:
-        warnings.warn(f"corpus: cannot write {path} ({error}); pydoc is read anew each time, which takes seconds.")
+        warnings.warn(f"corpus: cannot write {path} ({error}); pydoc is read anew each time, which takes seconds.",
+                      stacklevel=2)
     return documents
 
 

@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from typing import Iterator
+from collections.abc import Iterator
 
 
 class Stop:
@@ -21,7 +21,7 @@ class Stop:
         self.patience, self.asked, self.at_once, self.since = patience, False, False, 0.0
         self.old = {}
 
-    def __enter__(self) -> "Stop":
+    def __enter__(self) -> Stop:
         if threading.current_thread() is threading.main_thread():
             self.old = {s: signal.signal(s, self._heard) for s in (signal.SIGINT, signal.SIGTERM)}
         return self

@@ -6,14 +6,14 @@
 
 from __future__ import annotations
 
-from typing import Callable
+from collections.abc import Callable
 
 from ..adapt import Recipe
 from .config import Config
 from .loop import Loop
+from .processes import Workers
 from .run import Run, ended, opening, prepare
 from .stop import Stop
-from .processes import Workers
 
 
 def train(config: Config = Config(), recipe: Recipe | None = None, callback: Callable[[Run], None] | None = None,

@@ -16,8 +16,8 @@ from .ours import alr, dense, repaired, uniform
 from .read import read
 from .versions import v1, v2, v3, v4, v5, v5_1, v6, v7, v7_1, v7_2, v7_3, v7_4, v7_5, v8, v9, v10
 
-__all__ = ["ALL", "FLAWS", "Flaw", "alr", "dense", "difference", "get", "parse", "repaired", "table", "uniform", "v1", "v10", "v2",
-           "v3", "v4", "v5", "v5_1", "v6", "v7", "v7_1", "v7_2", "v7_3", "v7_4", "v7_5", "v8", "v9"]
+__all__ = ["ALL", "FLAWS", "Flaw", "alr", "dense", "difference", "get", "parse", "repaired", "table", "uniform",
+           "v1", "v10", "v2", "v3", "v4", "v5", "v5_1", "v6", "v7", "v7_1", "v7_2", "v7_3", "v7_4", "v7_5", "v8", "v9"]
 
 # every Recipe that stands in one of the two modules, baselines first and ours last
 _order = [*dict.fromkeys([ours.dense, ours.uniform, *(r for r in vars(versions).values() if isinstance(r, Recipe)),
@@ -65,8 +65,8 @@ def parse(text: str) -> Recipe:
         value = read(text, {name.replace(".", "_"): recipe for name, recipe in ALL.items()})
     except ValueError as error:
         shown = text if len(text) < 200 else text[:197] + "..."
-        raise ValueError(f"recipe {shown!r} cannot be read: {error} Write a name ({', '.join(ALL)}) or a change of one, such as "
-                         "replace(v10, state=Transport()).") from None
+        raise ValueError(f"recipe {shown!r} cannot be read: {error} Write a name ({', '.join(ALL)}) or a change of one, such "
+                         "as replace(v10, state=Transport()).") from None
     if not isinstance(value, Recipe):
         raise ValueError(f"recipe {text!r} is a {type(value).__name__}, not a Recipe.")
     return value

@@ -27,7 +27,8 @@ FLAWS = {flaw.name: flaw for flaw in (
     Flaw("stale", "the optimizer goes on holding the old factors: a resized layer is never trained again",
          CLUSTERED + BY_NORM + ("v9",), "state=Transport()"),
     # v9 has the sum too, and does not look at it
-    Flaw("summed gradients", "the optimizer's zero_grad() misses a resized layer: its gradients pile up, and decisions read the sum",
+    Flaw("summed gradients",
+         "the optimizer's zero_grad() misses a resized layer: its gradients pile up, and decisions read the sum",
          CLUSTERED + BY_NORM, "state=Stale(zero=True)"),
     Flaw("inverted signal", "rows that agree need one direction and are given as many as there are rows",
          CLUSTERED, "estimate=NumberOfGroups(threshold=0.9)"),

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import ast
 import math
+from collections.abc import Mapping
 from dataclasses import fields, is_dataclass, replace
-from typing import Any, Mapping
+from typing import Any
 
 from ..adapt import Recipe
 from ..axes import VALUES, each
-from ..history import control, estimate, grouping, op, resize      # noqa: F401: their values are part of the vocabulary
+from ..history import control, estimate, grouping, op, resize  # noqa: F401  # their values are part of the vocabulary
 
 LONGEST = 20_000                        # characters of a text; the longest recipe of the records has 3,000
 DEEPEST = 40                            # brackets within brackets

@@ -32,5 +32,7 @@ def ready(lines: list[str]) -> list[str]:
 
 
 def setup(app):
-    app.connect("autodoc-process-docstring", lambda app, what, name, obj, options, lines: lines.__setitem__(slice(None), ready(lines)))
+    def replace(app, what, name, obj, options, lines):
+        lines[:] = ready(lines)
+    app.connect("autodoc-process-docstring", replace)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

@@ -7,9 +7,9 @@ from html.parser import HTMLParser
 
 import pytest
 import yaml
-from synthetic import log, suite
 
-from alr.evidence import claims, pages, suite as suites
+from alr.evidence import claims, pages
+from alr.evidence import suite as suites
 from alr.evidence.claims import compute, condition, dumps, phrase
 from alr.evidence.metrics import METRICS
 from alr.evidence.paths import CLAIMS_JSON, ROOT, RUNS, SUITES
@@ -19,6 +19,8 @@ from alr.evidence.stats import Interval
 from alr.evidence.sweep import recorded
 from alr.evidence.verdict import Finding, Verdict
 from alr.lab.log import digest
+
+from synthetic import log, suite
 
 LOSSES = {"dense": [4.00, 4.02, 4.04], "alr": [4.10, 4.12, 4.14], "v10": [4.3, 4.2, 4.4]}
 

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex, to_rgb
-from synthetic import suite
 
 from alr.evidence import plot, style
 from alr.evidence.markup import VERDICTS
 from alr.evidence.records import runs
 from alr.evidence.stats import mean
+
+from synthetic import suite
 
 LOSSES = {"dense": [4.2, 4.25, 4.22], "alr": [4.37, 4.33, 4.39], "v10": [4.54, 4.61, 4.5], "uniform": [4.45]}
 

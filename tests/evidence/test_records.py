@@ -5,10 +5,11 @@ import json
 import math
 
 import pytest
-from synthetic import log, suite, write
 
-from alr.lab.log import digest
 from alr.evidence.records import RecordError, check, leaderboard, natural, read, run_and_end, runs, thin, verify_digest
+from alr.lab.log import digest
+
+from synthetic import log, suite, write
 
 
 def parsed(lines):

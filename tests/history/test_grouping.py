@@ -1,4 +1,4 @@
-"""Laws of `alr.grouping`: labels are a partition, averaging keeps the sum and projects, fast equals slow."""
+"""Laws of `alr.history.grouping`: labels are a partition, averaging keeps the sum and projects, fast equals slow."""
 
 from dataclasses import replace
 
@@ -9,8 +9,21 @@ from hypothesis import strategies as st
 from torch import nn
 
 from alr import RankAdapter, recipes
-from alr.history.grouping import (Grouping, by_chance, by_norm, group_mean, group_mean_loop, groups, groups_loop, largest_group,
-                          number_of_groups, similarity)
+from alr.history.grouping import (
+    Grouping,
+    by_chance,
+    by_index,
+    by_norm,
+    group_mean,
+    group_mean_loop,
+    groups,
+    groups_loop,
+    largest_group,
+    number_of_groups,
+    similarity,
+    starters,
+    widest_group,
+)
 
 
 def rows(m, n, dims, seed):
@@ -40,15 +53,16 @@ def test_labels_are_a_partition_and_the_rule_holds(m, dims, threshold, seed):
     labels = groups(S, order, threshold)
     k = number_of_groups(labels)
     assert labels.shape == (m,) and sorted(set(labels.tolist())) == list(range(k)) and labels.bincount().sum() == m
-    starters = []
+    first_of = []
     for i in order.tolist():
-        if labels[i] == len(starters):
-            starters.append(i)
-    assert len(starters) == k
-    first = torch.tensor(starters)
-    assert (S[first[labels], torch.arange(m)] >= threshold).all()               # each row is near its starter
-    near = S[first][:, first] >= threshold
-    assert near.sum() == k                                                      # no starter is near another
+        if labels[i] == len(first_of):
+            first_of.append(i)
+    assert len(first_of) == k
+    first = torch.tensor(first_of)
+    assert torch.equal(starters(labels, order), first)
+    near = (S[first] >= threshold) | (torch.arange(m) == first[:, None])        # (k, m)
+    assert near[labels, torch.arange(m)].all()                                  # each row is near its starter
+    assert near[:, first].sum() == k                                            # no starter is near another
     place = order.argsort()
     for i in range(m):                                                          # and near no earlier starter
         earlier = first[:labels[i]]
@@ -60,7 +74,7 @@ def test_labels_are_a_partition_and_the_rule_holds(m, dims, threshold, seed):
 def test_the_passes_give_the_labels_of_the_loop(m, dims, threshold, seed):
     G = rows(m, 8, dims, seed)
     G[:: 7] = 0                                                                 # dead neurons
-    for order in (by_chance(m, seed), by_norm(G)):
+    for order in (by_chance(m, seed), by_norm(G), by_index(m)):
         slow = groups_loop(similarity(G), order, threshold)
         assert torch.equal(groups(similarity(G), order, threshold), slow)
         torch.testing.assert_close(group_mean(G, slow), group_mean_loop(G, slow))
@@ -96,7 +110,7 @@ def test_one_group_is_the_mean_and_singletons_are_unchanged():
 
 
 @pytest.mark.parametrize("sizes", [[1], [40], [1] * 30, [17, 5, 1, 9], [3] * 20])
-@pytest.mark.parametrize("order", ["norm", "random"])
+@pytest.mark.parametrize("order", ["index", "norm", "random"])
 def test_rows_built_to_agree_are_found(sizes, order):
     G, member = built(sizes)
     labels = Grouping(order=order).labels(G, 0.9)
@@ -108,14 +122,31 @@ def test_lengths_do_not_matter_but_dead_rows_stand_alone():
     G, _ = built([10, 6])
     order = by_chance(16)
     assert torch.equal(groups(similarity(G), order, 0.9),
-                       groups(similarity(G * torch.logspace(-6, 6, 16)[:, None]), order, 0.9))
+                       groups(similarity(G * torch.logspace(-5, 6, 16)[:, None]), order, 0.9))
     G[:4] = 0
     labels = groups(similarity(G), order, 0.9)
     assert all((labels == labels[i]).sum() == 1 for i in range(4)) and number_of_groups(labels) == 6
     assert torch.equal(group_mean(G, labels)[:4], torch.zeros(4, 64))
 
 
-def test_v2_lets_the_strongest_lead_and_v1_anyone():
+def test_rows_under_a_ten_millionth_are_similar_to_nothing():
+    """History: the scripts add 1e-8 to a row's length, so that a row of 1e-7 has similarity 0.83 to itself."""
+    G = torch.eye(4)[[0, 0, 0, 1]]                                              # three rows that agree, one that does not
+    for length, size, number in ((1.0, 3, 2), (1e-6, 3, 2), (1e-7, 1, 4), (1e-9, 1, 4)):
+        S = similarity(length * G)
+        assert S[0, 1].item() == S[0, 0].item() == pytest.approx((length / (length + 1e-8)) ** 2, rel=1e-5)
+        assert widest_group(S, 0.9) == size and number_of_groups(groups(S, by_index(4), 0.9)) == number
+
+
+def test_v3_counts_rows_that_an_earlier_group_has_taken():
+    """History: rows 20 degrees apart, at 0.9.  Row 0 takes row 1; row 2 starts the next group and counts row 1 again."""
+    angle = torch.tensor([0.0, 20.0, 40.0, 60.0]).deg2rad()
+    S = similarity(torch.stack([angle.cos(), angle.sin()], dim=1))
+    labels = groups(S, by_index(4), 0.9)
+    assert labels.tolist() == [0, 0, 1, 1] and largest_group(labels) == 2 and widest_group(S, 0.9) == 3
+
+
+def test_v2_lets_the_strongest_lead_and_v1_the_first():
     """History: three rows 20 degrees apart, at 0.9: led by the middle one they are one group, by an outer one two."""
     angle = torch.tensor([-20.0, 0.0, 20.0]).deg2rad()
     G = torch.stack([angle.cos(), angle.sin()], dim=1)
@@ -123,6 +154,7 @@ def test_v2_lets_the_strongest_lead_and_v1_anyone():
     assert groups(S, torch.tensor([1, 0, 2]), 0.9).tolist() == [0, 0, 0]
     assert groups(S, torch.tensor([0, 1, 2]), 0.9).tolist() == [0, 0, 1]
     assert by_norm(G * torch.tensor([1.0, 3.0, 2.0])[:, None]).tolist() == [1, 2, 0]
+    assert by_index(3).tolist() == [0, 1, 2] and recipes.v1.gradient.order == "index"
     found = {number_of_groups(groups(S, by_chance(3, seed), 0.9)) for seed in range(10)}
     assert found == {1, 2} and torch.equal(by_chance(9, 4), by_chance(9, 4))
 
@@ -138,12 +170,17 @@ def test_modes():
     assert [fast.threshold_at(s) for s in (19, 20, 39, 40)] == [0.7, 0.85, 0.85, None]
 
 
-def test_v2s_stages_are_shares_of_the_run_and_every_tenth_batch():
-    v2 = replace(recipes.v2.gradient, mode="coarse-to-fine")
-    at = [v2.threshold_at(s, 1000) for s in range(1000)]
-    assert {s for s, t in enumerate(at) if t} == set(range(0, 700, 10))
-    assert set(at[:300:10]) == {0.75} and set(at[300:700:10]) == {0.9}
-    assert v2.paced(3.0).stages == v2.stages
+def test_v2s_stages_end_with_epochs_and_batches_count_within_one():
+    """Six epochs: 0.75 in the first two (0 and 1 are below 1.8), 0.9 in the next three (up to 4.2), then nothing."""
+    v2 = recipes.v2.gradient
+    assert v2.mode == "coarse-to-fine" and v2.epoch == 469
+    at = [v2.threshold_at(s, 6 * 469) for s in range(6 * 469)]
+    epochs = [at[469 * e:469 * (e + 1)] for e in range(6)]
+    for found, threshold in zip(epochs, (0.75, 0.75, 0.9, 0.9, 0.9, None)):
+        assert found == [threshold if i % 10 == 0 else None for i in range(469)]
+    fast = v2.paced(23 / 469)
+    assert fast.epoch == 23 and fast.stages == v2.stages
+    assert [s for s in range(69) if fast.threshold_at(s, 138)] == [0, 10, 20, 23, 33, 43, 46, 56, 66]
     with pytest.raises(ValueError, match="length is not known"):
         v2.threshold_at(0)
 
@@ -178,7 +215,9 @@ def test_every_tenth_batch_by_the_adapters_clock():
     recipe = replace(recipes.v2, gradient=replace(recipes.v2.gradient, where=("2",)))
     model = net()
     optimizer = torch.optim.Adam(model.parameters())
-    adapter = RankAdapter(model, optimizer, recipe)
+    with pytest.raises(ValueError, match="length is not known; give RankAdapter total_steps"):
+        RankAdapter(model, optimizer, recipe)
+    adapter = RankAdapter(model, optimizer, recipe, 469)
     seen = []
     for _ in range(25):
         model.zero_grad()
@@ -190,9 +229,9 @@ def test_every_tenth_batch_by_the_adapters_clock():
 
 
 def test_what_cannot_be_is_refused():
-    with pytest.raises(ValueError, match="mode 'groupd'; it is one of 'baseline', 'grouped', 'coarse-to-fine'"):
+    with pytest.raises(ValueError, match="mode is 'groupd'; wanted one of 'baseline', 'grouped', 'coarse-to-fine'"):
         Grouping(mode="groupd")
-    with pytest.raises(ValueError, match="order 'up'"):
+    with pytest.raises(ValueError, match="order is 'up'"):
         Grouping(order="up")
     model = net()
     with pytest.raises(ValueError, match=r"no nn.Linear matched where=\('fc2', '\*.mlp.up'\). The model has 3"):
@@ -203,7 +242,7 @@ def test_a_forgotten_step_is_noticed_here_too():
     recipe = replace(recipes.v2, gradient=replace(recipes.v2.gradient, where=("2",)))
     model = net()
     optimizer = torch.optim.Adam(model.parameters())
-    RankAdapter(model, optimizer, recipe)
+    RankAdapter(model, optimizer, recipe, 469)
     with pytest.warns(UserWarning, match="0 calls of adapter.step"):
         for _ in range(10):
             optimizer.step()

@@ -16,13 +16,12 @@ import torch
 import torch.nn.functional as F
 
 import alr
-from alr.lab import checkpoint, loop
 from alr import recipes
+from alr.evidence.records import check
+from alr.lab import Config, Run, checkpoint, evaluate, load, loop, train
+from alr.lab.command import main
 from alr.lab.data import corpus
 from alr.lab.model import GPT, GPTConfig, count_parameters
-from alr.evidence.records import check
-from alr.lab import Config, Run, evaluate, load, train
-from alr.lab.command import main
 from alr.lab.processes import Workers
 
 # one rank less in every step
