@@ -96,7 +96,10 @@ def fits(x: Any, hint: Any) -> bool:
     if hint is int:
         return isinstance(x, numbers.Integral) and not isinstance(x, bool)
     if hint is float:
-        return isinstance(x, numbers.Real) and not isinstance(x, bool) and math.isfinite(x)
+        try:
+            return isinstance(x, numbers.Real) and not isinstance(x, bool) and math.isfinite(x)
+        except OverflowError:                           # a whole number that no float can hold
+            return False
     if hint is Callable or origin is not None:
         return callable(x)
     return isinstance(x, hint)

@@ -43,7 +43,7 @@ class Schedule(Control):
     A rank is one number for all layers, or {layer: rank}, in which a layer that is left out stays as it is.
     """
 
-    path: tuple[tuple[Whole, Count | dict], ...]
+    path: tuple[tuple[Whole, Count | dict[str, Count]], ...]
     wants = None
 
     def step(self, ranks, targets, memory, signal):

@@ -386,7 +386,8 @@ class Observer:
         if self.group.rank > 0:
             return {}
         small = to_host([x for name, book in self.books.items() for x in (
-            book.total["felt"], book.total["count"], book.total["H"], book.total["K"], book.A, book.B, *grams(self.layers[name]))])
+            book.total["felt"], book.total["count"], book.total["H"], book.total["K"], book.A, book.B,
+            *grams(self.layers[name]))])
         counts = [small[8 * i + 1].tolist() for i in range(len(self.books))]
         example = self.per == "example" or self.per == "auto" and pooled(counts)
         out = {}

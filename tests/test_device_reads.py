@@ -116,7 +116,7 @@ def steps_counted(make, recipe, count=24, model=None):
                                     alr.recipes.uniform], ids=["alr", "repaired", "v10", "output", "along", "uniform"])
 def test_between_decisions_nothing_is_read_from_the_device(make, recipe):
     measures = any("importance" in axis.needs for axis in recipe.observes)
-    turn = 12 - recipe.window + (recipe.window + 1) // 2 if measures else None      # the middle of the window: directions are chosen
+    turn = 12 - recipe.window + (recipe.window + 1) // 2 if measures else None      # directions are chosen in mid-window
     for step, reads, copies, events in steps_counted(make, recipe):
         if recipe.due(step) or turn is not None and step % 12 == turn:
             assert copies > 0
@@ -166,3 +166,5 @@ def test_what_a_decision_over_36_layers_asks_of_the_device():
     (reads, copies, changes), (reads2, copies2, changes2) = decision(12), decision(36)
     print(f"36 layers, {changes2} of them changed: {reads2} reads, {copies2} copies; 12, {changes}: {reads}, {copies}")
     assert changes2 > changes > 1
+    # two or so a layer: its importance as plain numbers, and what its new factors need
+    assert copies2 <= 3 * 36

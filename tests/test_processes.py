@@ -24,7 +24,7 @@ from alr.budget import Budget
 from alr.control import Bidirectional, Schedule
 from alr.estimate import StableRank
 from alr.linear import factorize_
-from alr.resize import GrowAlongGradient, SvdCore
+from alr.resize import GrowAlongGradient
 from alr.state import Reset
 
 STEPS, ROWS, D = 26, 32, 24

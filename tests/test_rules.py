@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from alr.factor import grow, product, svd_core
 from alr.optim import PairOptimizer
-from alr.rules import LoRAMuon, Pair, Settings, Spectron, exact, inverse_root, orthogonalize
+from alr.rules import LoRAMuon, Pair, Settings, Spectron, inverse_root, orthogonalize
 from alr.state import Reset, Slice, Swap, Transport
 from alr.tangent import LoRATSD, Tangent, augmented, frame
 

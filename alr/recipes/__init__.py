@@ -61,12 +61,12 @@ def parse(text: str) -> Recipe:
         raise ValueError(f"recipe {text!r} is {type(text).__name__}, not a text; write a name ({', '.join(ALL)}).")
     if text in ALL:
         return ALL[text]
+    shown = repr(text if len(text) < 200 else text[:197] + "...")
     try:
         value = read(text, {name.replace(".", "_"): recipe for name, recipe in ALL.items()})
     except ValueError as error:
-        shown = text if len(text) < 200 else text[:197] + "..."
-        raise ValueError(f"recipe {shown!r} cannot be read: {error} Write a name ({', '.join(ALL)}) or a change of one, such "
+        raise ValueError(f"recipe {shown} cannot be read: {error} Write a name ({', '.join(ALL)}) or a change of one, such "
                          "as replace(v10, state=Transport()).") from None
     if not isinstance(value, Recipe):
-        raise ValueError(f"recipe {text!r} is a {type(value).__name__}, not a Recipe.")
+        raise ValueError(f"recipe {shown} is a {type(value).__name__}, not a Recipe.")
     return value

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
@@ -31,7 +32,9 @@ def read(text: str, names: Mapping[str, Any]) -> Any:
     if _depth(text) > DEEPEST:
         raise ValueError(f"brackets stand {_depth(text)} deep; at most {DEEPEST} are read.")
     try:
-        tree = ast.parse(text.strip(), mode="eval")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")                         # "invalid decimal literal" and the like
+            tree = ast.parse(text.strip(), mode="eval")
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise ValueError(f"it is no expression ({getattr(error, 'msg', None) or error}).") from None
     try:
@@ -99,7 +102,7 @@ def _number(node: ast.AST, names: Mapping[str, Any]) -> int | float:
 
 
 def _made(name: str, args: list, words: dict) -> Any:
-    known = {**VALUES, "Recipe": Recipe, "replace": _replaced, "each": _each}
+    known = {**{name: kind for name, kind in VALUES.items() if is_dataclass(kind)}, "Recipe": Recipe, "replace": _replaced, "each": _each}
     if name not in known:
         raise ValueError(f"{name}(...) is not known; there are {', '.join(sorted(known))}.")
     try:

@@ -1,4 +1,4 @@
-"""Laws of `alr.claims`: verdicts on records with a known answer, and nothing that CI could not make again."""
+"""Laws of `alr.evidence.claims`: verdicts on records with a known answer, and nothing that CI could not make again."""
 
 import json
 import math

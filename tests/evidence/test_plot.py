@@ -1,4 +1,4 @@
-"""Laws of `alr.plot`: every figure is readable, says its units, and shows the numbers that it was given."""
+"""Laws of `alr.evidence.plot`: every figure is readable, says its units, and shows the numbers that it was given."""
 
 import itertools
 import random

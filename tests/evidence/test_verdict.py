@@ -1,4 +1,4 @@
-"""Laws of `alr.verdict`: the words are computed, the weakest finding decides, and a box says what it rests on."""
+"""Laws of `alr.evidence.verdict`: the words are computed, the weakest finding decides, and a box says what it rests on."""
 
 import re
 

@@ -216,7 +216,7 @@ def test_every_tenth_batch_by_the_adapters_clock():
     model = net()
     optimizer = torch.optim.Adam(model.parameters())
     with pytest.raises(ValueError, match="length is not known; give RankAdapter total_steps"):
-        RankAdapter(model, optimizer, recipe)
+        RankAdapter(model, torch.optim.Adam(model.parameters()), recipe)
     adapter = RankAdapter(model, optimizer, recipe, 469)
     seen = []
     for _ in range(25):

@@ -1,4 +1,4 @@
-"""Whole training loops of scripts v1 to v9 on a tiny model, written out here rule by rule in plain Python, against the
+"""Whole training loops of scripts v1 to v10 on a tiny model, written out here rule by rule in plain Python, against the
 recipes: the same ranks at the end of every epoch, and the same weights.
 
 The plain loop shares no code with the library: its layer, its groups, its controllers, its SVDs and its bookkeeping of the
@@ -155,14 +155,34 @@ def v9(layer, name, epoch, losses):
     layer.rank = max(8, min(round(layer.rank + 0.5 * delta), layer.size))
 
 
-def whole(layer, split="sqrt"):
+def v10(layer, name, epoch, losses):
+    W = (layer.U @ layer.V).detach()
+    v = torch.randn(W.shape[1])
+    for _ in range(5):
+        v = v / (v.norm() + 1e-8)
+        u = W @ v
+        u = u / (u.norm() + 1e-8)
+        v = W.t() @ u
+    sigma = (W @ (v / (v.norm() + 1e-8))).norm() + 1e-8
+    stable = max(1.0, min(((W * W).sum() / (sigma * sigma + 1e-8)).item(), layer.size))
+    layer.ema = 0.8 * layer.ema + (1 - 0.8) * max(8, min(1.5 * stable, layer.size))
+    delta = layer.ema - layer.rank
+    if abs(delta) >= 2:
+        layer.rank = max(8, min(layer.rank + max(-4, min(4, round(delta))), layer.size))
+
+
+def whole(layer, split="sqrt", eps=0.0):
     P, S, Z = torch.linalg.svd((layer.U @ layer.V).detach(), full_matrices=False)
     P, S, Z = P[:, :layer.rank], S[:layer.rank], Z[:layer.rank]
-    return (P * S, Z) if split == "left" else (P @ torch.diag(S.sqrt()), torch.diag(S.sqrt()) @ Z)
+    return (P * S, Z) if split == "left" else (P * (S + eps).sqrt(), (S + eps).sqrt()[:, None] * Z)
 
 
 def left(layer):
     return whole(layer, "left")
+
+
+def padded(layer):
+    return whole(layer, eps=1e-8)
 
 
 def sketched(layer):
@@ -187,7 +207,8 @@ SCRIPTS = {"v3": (("fc2",), jump(16), whole, "before", lambda e: True, "stale"),
            "v7.4": (ALL, v7_4, whole, "end", lambda e: e + 1 > 2, "always rebuilt"),
            "v7.5": (ALL, v7_5, whole, "end", lambda e: e + 1 > 4 and (e + 1) % 3 == 0, "rebuilt"),
            "v8": (ALL, v8, whole, "end", lambda e: e + 1 >= 4 and (e + 1) % 3 == 0, "rebuilt"),
-           "v9": (ALL, v9, whole, "end", lambda e: e + 1 >= 4 and (e + 1) % 2 == 0, "stale")}
+           "v9": (ALL, v9, whole, "end", lambda e: e + 1 >= 4 and (e + 1) % 2 == 0, "stale"),
+           "v10": (ALL, v10, padded, "end", lambda e: True, "rebuilt")}
 
 
 def plain(version, net, make, steps, epochs, scale):
@@ -278,7 +299,7 @@ def compare(version, steps, epochs, lr, scale, seed, rank=20):
 
 MOVES = [("v3", 6, 6, 1e-2, 1), ("v4", 6, 6, 1e-2, 1), ("v5", 6, 6, 1e-2, 1), ("v5.1", 6, 12, 1e-2, 1), ("v6", 6, 12, 1e-2, 1),
          ("v7.1", 6, 10, 1e-2, 1), ("v7.2", 1, 90, 3e-3, 1), ("v7.3", 1, 90, 3e-3, 1), ("v7.4", 10, 14, 3e-3, 1),
-         ("v7.5", 10, 24, 1e-2, 1), ("v8", 20, 15, 3e-3, 1), ("v9", 50, 12, 3e-2, 1)]
+         ("v7.5", 10, 24, 1e-2, 1), ("v8", 20, 15, 3e-3, 1), ("v9", 50, 12, 3e-2, 1), ("v10", 10, 10, 1e-2, 1)]
 
 
 @pytest.mark.parametrize("seed", [0, 1])
