@@ -7,7 +7,7 @@
     optimizer.step(); adapter.step(); optimizer.zero_grad()
 """
 
-from . import recipes
+from . import integrations, recipes
 from .adapt import RankAdapter, Recipe, Resize
 from .causal import assert_causal
 from .group import average_gradients
@@ -17,4 +17,5 @@ from .suggest import Suggestion, suggest_ranks
 
 __version__ = "0.2.0"
 __all__ = ["LowRankLinear", "PairOptimizer", "RankAdapter", "Recipe", "Resize", "Suggestion", "assert_causal",
-           "average_gradients", "densify_", "factorize_", "factorize_like_", "low_rank_layers", "recipes", "suggest_ranks"]
+           "average_gradients", "densify_", "factorize_", "factorize_like_", "integrations",
+           "low_rank_layers", "recipes", "suggest_ranks"]

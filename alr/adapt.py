@@ -129,7 +129,10 @@ class Recipe:
 
 
 class Resize(NamedTuple):
-    """One rank change: when, which layer, from what to what, because of which estimate, at what cost."""
+    """One rank change: when, which layer, from what to what, because of which estimate, at what cost.
+
+    old == new where a controller has a layer factorised anew at the rank that it has (`Control.again`; script v7.2).
+    """
 
     step: int
     layer: str

@@ -9,6 +9,7 @@ Dims: m out_features, n in_features, r rank.  U (m, r), V (r, n).
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -217,7 +218,7 @@ def check_settings(group: dict) -> None:
     """ValueError for a number that no step can be made with."""
     def number(x, low, high=math.inf, above=False):
         x = x.item() if isinstance(x, Tensor) else x
-        return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x) and \
+        return isinstance(x, numbers.Real) and not isinstance(x, bool) and math.isfinite(x) and \
             (low < x if above else low <= x) and x <= high
     wanted = {"lr": (number(group["lr"], 0), "0 or more"), "weight_decay": (number(group["weight_decay"], 0), "0 or more")}
     if group["kind"] == "pairs":

@@ -6,12 +6,9 @@ Not collected by `make test`: machines are noisy.  Read the ratio of medians wit
 import pytest
 import torch
 
-from alr import LowRankLinear, low_rank_layers, recipes
+from alr import LowRankLinear
 from alr.estimate import stable_rank, stable_rank_power
 from alr.factor import svd_core, svd_full
-from alr.lab.model import GPT, GPTConfig
-from alr.optim import PairOptimizer, pairs
-from alr.tangent import Tangent
 
 
 def factors(m, n, r):
@@ -51,31 +48,3 @@ def bench_layer(benchmark, way, n, m):
         layer(x).backward(g)
 
     benchmark.pedantic(step, rounds=30, warmup_rounds=5)
-
-
-STEP = ["forward + backward", "AdamW on the factors", "pair optimizer on the factors", "tangent step on the factors",
-        "rank check of all 36 layers (repaired)",
-        "worths of all 36 layers (alr)"]
-
-
-@pytest.mark.parametrize("what", STEP)
-def bench_step(benchmark, what):
-    """The seed's model: 6 blocks, d 512, FFN 2048, block 256, batch 32, 33,277 words (here batch 4: a step in seconds)."""
-    benchmark.group = "the seed's model at rank 64, batch 4 instead of 32"
-    torch.manual_seed(0)
-    model = recipes.repaired.prepare(GPT(GPTConfig(vocab_size=33_277)), where=lambda name: name != "head")
-    x, factors = torch.randint(33_277, (4, 256)), [p for pair in pairs(model) for p in pair]
-    layers = list(low_rank_layers(model).values())
-
-    def step():
-        model.zero_grad()
-        torch.nn.functional.cross_entropy(model(x).flatten(0, 1), x.flatten()).backward()
-
-    step()
-    for layer in layers:                                            # as hooks would leave them before a decision
-        layer.hidden, layer.felt = layer.V.detach() @ layer.V.detach().mT, layer.U.detach().mT @ layer.U.detach()
-    work = dict(zip(STEP, [step, torch.optim.AdamW(factors, fused=True).step, PairOptimizer(pairs(model)).step,
-                           PairOptimizer(pairs(model), rule=Tangent()).step,
-                           lambda: [recipes.repaired.estimate(layer) for layer in layers],
-                           lambda: [recipes.alr.estimate(layer) for layer in layers]]))[what]
-    benchmark.pedantic(work, rounds=3 if what == STEP[0] else 10, warmup_rounds=1)

@@ -69,6 +69,13 @@ def test_no_cut_is_better_in_the_metric_of_the_loss():
     close(U2 @ V2, U @ V)                                           # nothing to cut
 
 
+def test_what_no_input_has_reached_counts_as_one_percent_of_the_mean():
+    Q = torch.linalg.qr(torch.randn(8, 2, generator=torch.Generator().manual_seed(0), dtype=torch.double)).Q
+    one = torch.eye(2, dtype=torch.double)
+    S = metric(Q, Q.mT, torch.diag(torch.tensor([2.0, 0.0], dtype=torch.double)), one)[0]      # W = U V with U, V^T orthonormal
+    close(S.square(), torch.tensor([2.01 * 1.01, 0.01 * 1.01], dtype=torch.double), rtol=1e-6, atol=1e-8)
+
+
 def test_half_of_s_squared_is_the_rise_of_the_loss():
     g = torch.Generator().manual_seed(0)
     B, m, n, r = 40_000, 6, 8, 4

@@ -650,6 +650,63 @@ def test_a_wrapped_optimizer_is_looked_through():
     assert adapter.optimizers == [inner] and train(model, inner, adapter, 0, 8)
 
 
+def a_pair(m=8, r=2, n=6):
+    return nn.Parameter(torch.ones(m, r)), nn.Parameter(torch.ones(r, n))
+
+
+@pytest.mark.parametrize("settings, match", [
+    (dict(lr=-1), "lr is -1; wanted 0 or more"), (dict(lr="0.1"), "lr is '0.1'"), (dict(lr=NAN), "lr is nan"),
+    (dict(lr=True), "lr is True"),
+    (dict(momentum=1.0), "momentum is 1.0; wanted 0 or more and below 1"), (dict(momentum=-0.1), "momentum is -0.1"),
+    (dict(weight_decay=-1), "weight_decay is -1"), (dict(ns_steps=0), "ns_steps is 0; wanted a whole number of at least 1"),
+    (dict(ns_steps=2.5), "ns_steps is 2.5"), (dict(nesterov=1), "nesterov is 1; wanted True or False"),
+    (dict(decay="all"), "decay is 'all'; wanted one of factors, product"),
+    (dict(adjust_lr_fn="x"), "adjust_lr_fn is 'x'; wanted one of original"),
+    (dict(rule="muon"), "rule is 'muon'; wanted a value such as"), (dict(rest_lr=-1), "lr is -1"),
+    (dict(rest_betas=(0.9, 1.0)), "betas is"), (dict(rest_eps=-1), "eps is -1")], ids=repr)
+def test_a_setting_that_no_step_can_be_made_with_is_refused(settings, match):
+    with pytest.raises(ValueError, match=f"PairOptimizer: {match}"):
+        alr.PairOptimizer(net(), **settings)
+
+
+@pytest.mark.parametrize("params, match", [
+    ([], "no pairs; call alr.factorize_"), (dense(), "no pairs; call alr.factorize_"),
+    ([{"params": [nn.Parameter(torch.ones(3))]}], "no pairs"),
+    ([a_pair()[:1]], "pair 0 is .8, 2., which are no factors of one matrix"),
+    ([(*a_pair(), nn.Parameter(torch.ones(3)))], "no factors of one"),
+    ([a_pair()[::-1]], "no factors of one matrix|is it .V, U."),
+    ([a_pair(6, 2, 6)[::-1]], "of a rank above both sides; is it .V, U."),
+    ([(nn.Parameter(torch.ones(8, 2)), nn.Parameter(torch.ones(3, 6)))], "no factors of one matrix; wanted .m, r. and .r, n."),
+    ([("U", "V")], "pair 0 is str, str, which are no factors"), ([(p := a_pair()), p], "pair 1 .* is given twice"),
+    ([{"pairs": [a_pair()], "colour": 3}], "'colour' is no setting of a group of pairs; there are lr, momentum"),
+    ([{"pairs": [a_pair()], "betas": (0.9, 0.99)}], "'betas' is no setting of a group of pairs"),
+    ([{"pairs": [a_pair()]}, {"params": [nn.Parameter(torch.ones(3))], "momentum": 0.9}],
+     "'momentum' is no setting of a group of other")],
+    ids=range(13))
+def test_what_is_no_pair_of_factors_is_refused(params, match):
+    with pytest.raises(ValueError, match=f"PairOptimizer: .*({match})"):
+        alr.PairOptimizer(params)
+
+
+def test_a_refused_param_group_adds_nothing():
+    model = net()
+    optimizer = alr.PairOptimizer(model)
+    for group in ({"pairs": [a_pair()], "lr": -1}, {"pairs": [a_pair()[::-1]]}, {"pairs": [(model[0].U, model[0].V)]}):
+        with refused(ValueError, "lr is -1|no factors|more than one parameter group", model, [optimizer]):
+            optimizer.add_param_group(group)
+    optimizer.add_param_group({"pairs": [a_pair()], "lr": 0.1})
+    assert len(optimizer.param_groups) == 3 and optimizer.param_groups[-1]["lr"] == 0.1
+
+
+def test_one_gradient_of_a_pair_is_no_step():
+    model = net()
+    optimizer = alr.PairOptimizer(model)
+    backward(model)
+    model[2].V.grad = None
+    with refused(ValueError, "of the pair .48, 21., .21, 48. only U has a gradient. Freeze both", model, [optimizer]):
+        optimizer.step()
+
+
 # ------------------------------------------------------------------------------------------------ wrapped and sharded models
 
 @pytest.fixture(scope="module")

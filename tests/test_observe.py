@@ -271,6 +271,13 @@ def test_the_weight_gradient_is_the_one_that_a_formed_w_would_get():
         close(one.weight_gradient, dense.get_submodule(name).weight.grad, rtol=1e-4, atol=1e-6)
 
 
+def test_the_weight_gradient_is_the_sum_over_the_whole_window():
+    whole = observed(net(), plain, steps=3, needs=("weight_gradient",))
+    parts = [observed(net(), lambda m, _, i=i: plain(m, i), steps=1, needs=("weight_gradient",)) for i in range(3)]
+    for name, one in whole.items():
+        close(one.weight_gradient, sum(part[name].weight_gradient for part in parts), rtol=1e-4, atol=1e-6)
+
+
 # ------------------------------------------------------------------------------------------------ precision
 
 @pytest.mark.parametrize("dtype, bound",

@@ -23,7 +23,9 @@ from alr.axes import Estimate, ResizeRule
 from alr.budget import Budget
 from alr.control import Bidirectional, Schedule
 from alr.estimate import StableRank
+from alr.group import Group
 from alr.linear import factorize_
+from alr.observe import Observer
 from alr.resize import GrowAlongGradient
 from alr.state import Reset
 
@@ -178,6 +180,25 @@ def skipped(rank=0, size=1):
     return {"steps": adapter.steps, "ranks": adapter.ranks, "rows": rows}
 
 
+def observed(name, rank=0, size=1):
+    """What is seen of every layer over a window of four steps, on process 0."""
+    model, found = made(name), {}
+    for needs in (("input_moment", "grad_moment"), ("importance",), ("weight_gradient",)):
+        observer = Observer(alr.low_rank_layers(model), needs, 4, group=Group())
+        for i in range(4):
+            x, y = share(name, i, rank, size)
+            F.cross_entropy(model(x), y).backward()
+            alr.average_gradients(model)
+            observer.commit()
+        for layer, seen in observer.close().items():
+            for field in needs:
+                found[layer, field] = getattr(seen, field)
+            found[layer, needs[0], "steps"] = seen.steps
+            if needs != ("weight_gradient",):
+                found[layer, needs[0], "rows"] = seen.rows
+    return found
+
+
 # ------------------------------------------------------------------------------------------------ two processes
 
 def worker(rank, port, folder):
@@ -186,6 +207,7 @@ def worker(rank, port, folder):
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2, timeout=datetime.timedelta(seconds=60))
     warnings.simplefilter("ignore")
     results = {name: trained(name, rank, 2) for name in RECIPES}
+    results["observed"] = {name: observed(name, rank, 2) for name in ("alr", "routed")}
     results["skipped"] = skipped(rank, 2)
     results["stopped"] = {what: stopped(what, rank) for what in STOPS}
     torch.save(results, Path(folder) / f"{rank}.pt")
@@ -235,6 +257,20 @@ def test_what_was_grown_is_more_than_zeros(two):
         assert U.shape[1] == 11 and (U.norm(dim=0) > 0).all()
     random, along = (two[1][name]["weights"]["0.V"] for name in ("growing", "growing along the gradient"))
     assert not torch.allclose(random, along)
+
+
+@pytest.mark.parametrize("name", ["alr", "routed"])
+def test_two_processes_see_what_one_sees(name, two):
+    one, (a, b) = observed(name), (found["observed"][name] for found in two)
+    assert a.keys() == one.keys() and not b                         # process 0 decides
+    for key, x in one.items():
+        if isinstance(x, torch.Tensor):
+            # G is of the loss that each process sees, the mean over its own half
+            torch.testing.assert_close(a[key] / (2 if "weight_gradient" in key else 1), x, rtol=1e-9, atol=1e-15)
+        elif key[-1] == "rows":
+            assert 2 * a[key] == x or a[key] == x, key
+        else:
+            assert a[key] == x, key
 
 
 def test_a_step_that_overflows_on_one_process_counts_on_none(two):

@@ -67,6 +67,8 @@ class AdaptRanks(Adapting, *callback_classes()):
                              "the model in cannot follow a rank that changes. Train on one device (devices=1), hold the ranks "
                              "and leave the callback out, or write the loop with alr.average_gradients(model).")
         saved, self._saved = self._saved, None
+        if trainer.global_step and saved is None and self.adapter is not None:
+            saved = self.saved()                                    # the same Trainer fits once more
         if trainer.global_step and saved is None:
             raise ValueError(f"AdaptRanks: training goes on from step {trainer.global_step}, and the checkpoint holds no "
                              f"state of "

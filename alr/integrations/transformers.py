@@ -31,9 +31,8 @@ class AdaptRanks(Adapting, TrainerCallback):
     """Makes a RankAdapter when training begins, and calls it after every optimizer step.
 
     recipe: such as alr.recipes.alr; factorise the model before the Trainer is made, and give the callback to the Trainer's
-    constructor.  The Trainer's own AdamW will do, or
-    `optimizers=(alr.PairOptimizer(model), None)`.  Gradient accumulation, clipping, checkpointing, bf16 and fp16 are the
-    Trainer's affair.  Logs get "rank_mean" and "low_rank_parameters"; `.events` holds every change, `.adapter.ranks` the
+    constructor.  The Trainer's own AdamW will do, or `optimizers=(alr.PairOptimizer(model), None)`.  Gradient accumulation,
+    clipping, checkpointing, bf16 and fp16 are the Trainer's affair.  Logs get "rank_mean" and "low_rank_parameters"; `.events` holds every change, `.adapter.ranks` the
     ranks.  averages, per: see `common.Adapting`.
 
     The adapter's state lies beside each checkpoint as alr.pt, and `trainer.train(resume_from_checkpoint=...)` goes on bit
@@ -55,9 +54,8 @@ class AdaptRanks(Adapting, TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         if args.parallel_mode.name != "NOT_PARALLEL" or getattr(args, "deepspeed", None):
             raise ValueError(f"AdaptRanks: the Trainer runs in {args.parallel_mode.name} mode on {args.world_size} processes, "
-                             f"{args.n_gpu} "
-                             "GPUs, and what it wraps the model in cannot follow a rank that changes. Run it on one device "
-                             "(CUDA_VISIBLE_DEVICES=0), hold the ranks and leave the callback out, or write the loop with "
+                             f"{args.n_gpu} GPUs, and what it wraps the model in cannot follow a rank that changes. Run it on one "
+                             "device (CUDA_VISIBLE_DEVICES=0), hold the ranks and leave the callback out, or write the loop with "
                              "alr.average_gradients(model).")
         optimizer = bare(optimizer)
         layers = low_rank_layers(model)
@@ -69,8 +67,7 @@ class AdaptRanks(Adapting, TrainerCallback):
             saved = torch.load(folder / FILE, map_location="cpu", weights_only=True)
             if saved["adapter"]["steps"] != state.global_step:
                 raise ValueError(f"AdaptRanks: {folder / FILE} is of step {saved['adapter']['steps']}, and training goes on "
-                                 f"from "
-                                 f"step {state.global_step}. Write AdaptRanks(recipe, resume_from=FOLDER).")
+                                 f"from step {state.global_step}. Write AdaptRanks(recipe, resume_from=FOLDER).")
             if not alike(saved["prints"], prints(model)):           # the Trainer does not know its own file's names (ViT)
                 here = factors(model)
                 load_(model, folder)

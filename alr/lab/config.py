@@ -43,7 +43,7 @@ class Config:
     dropout: float = 0.0                # probability, GPT only
     causal: bool = True                 # --no-causal: attention sees the tokens to be predicted (scripts v7 to v10)
     tied: bool = False                  # head and token embedding share one matrix
-    embed_std: float = 0.02             # of the GPT's embeddings at the start; GPT-2's
+    embed_std: float = 0.02             # of the GPT's embeddings at the start; GPT-2's (script v10: 1)
 
     init_rank: int | float | None = None        # rank of every layer at the start, or (0.5) a share of its dense parameters
     min_rank: int | None = None         # least rank a controller may choose; the recipe's if not said

@@ -102,7 +102,8 @@ def _number(node: ast.AST, names: Mapping[str, Any]) -> int | float:
 
 
 def _made(name: str, args: list, words: dict) -> Any:
-    known = {**{name: kind for name, kind in VALUES.items() if is_dataclass(kind)}, "Recipe": Recipe, "replace": _replaced, "each": _each}
+    known = {word: kind for word, kind in VALUES.items() if is_dataclass(kind)}    # no base classes
+    known |= {"Recipe": Recipe, "replace": _replaced, "each": _each}
     if name not in known:
         raise ValueError(f"{name}(...) is not known; there are {', '.join(sorted(known))}.")
     try:

@@ -120,6 +120,15 @@ def test_resuming_is_not_stopping(optimizer, tmp_path):
         assert torch.equal(a, b)
 
 
+def test_the_same_trainer_fits_once_more(tmp_path):
+    net, callback = module(), AdaptRanks(RECIPE, total_steps=24)
+    fit = trainer(tmp_path, [callback], max_epochs=1)
+    fit.fit(net, data())
+    events, fit.fit_loop.max_epochs = list(callback.events), 2
+    fit.fit(net, data())
+    assert callback.adapter.steps == 24 and callback.events[:len(events)] == events and len(callback.events) > len(events)
+
+
 @pytest.mark.parametrize("kind", ["ema", "swa"])
 def test_lightnings_averages_follow(kind, tmp_path):
     average = (pl.callbacks.EMAWeightAveraging(decay=0.8) if kind == "ema" else

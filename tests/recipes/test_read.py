@@ -65,19 +65,21 @@ OS = "[c for c in (1).__class__.__base__.__subclasses__() if c.__name__ == '_wra
 CODE = [
     "__import__('os').system('touch CANARY')", "open('CANARY', 'w')", "eval(\"open('CANARY', 'w')\")", "exec('import os')",
     "print(1)", f"{OS}('touch CANARY')", f"replace(v10, name={OS}('touch CANARY'))",
-    "replace(v10, name=[open('CANARY', 'w') for _ in (1,)][0])", "(lambda: open('CANARY', 'w'))()", "f'{open(\"CANARY\", \"w\")}'",
-    "replace(v10, name=f'{v10.__init__.__globals__}')", "(x := open('CANARY', 'w'))", "await open('CANARY', 'w')",
-    "v10.__class__.__mro__[1].__subclasses__()", "v10.__init__.__globals__", "v10.prepare.__func__.__globals__['torch']",
-    "v10.control.__class__", "v10.estimate.__call__.__globals__", "v10.control.__reduce_ex__(4)", "v10.prepare", "v10.paced(3)",
-    "v10.due(1)", "''.join(['a'])", "'x'.format(v10)", "'{0.__class__}'.format(v10)", "type(v10)", "getattr(v10, 'control')",
-    "vars(v10)", "dir()", "globals()", "breakpoint()", "input()", "Recipe.__init__", "Recipe.__new__(Recipe)", "replace.__globals__",
-    "each.__globals__['VALUES']", "Budget.step", "VALUES['Budget']()", "(Budget if 1 else Budget)()", "(Budget)()()", "[Budget][0]()",
-    "{**{'a': open('CANARY', 'w')}}", "replace(*[v10])", "replace(v10, **{'name': open('CANARY', 'w')})", "Recipe(**{'name': 'x'})",
-    "Budget(*(1,))", "(open('CANARY', 'w') for _ in (1,))", "{open('CANARY', 'w')}", "{1: 2 for _ in (1,)}", "yield v10",
-    "v10 if open('CANARY', 'w') else v10", "v10 or v9", "not v10", "v10[0]", "v10[0:1]", "v10 @ v10", "~1", "1 < 2", "...", "b'x'", "1j",
-    "import os", "v10; import os", "v10\nimport os", "v10 = 1", "def f(): pass", "class A: pass", "@v10\ndef f(): pass", "del v10",
-    "assert 0", "v10: int = 3", "async def f(): pass", "lambda: v10", "print(v10) or v10", "torch.load('CANARY')", "os", "sys.exit(0)",
-    "__builtins__", "__loader__", "Axis()", "Control()", "Estimate()", "Rule()", "replace(v10, state=_Policy())", "FisherStart(seen={'a': open('CANARY', 'w')})",
+    "replace(v10, name=[open('CANARY', 'w') for _ in (1,)][0])", "(lambda: open('CANARY', 'w'))()",
+    "f'{open(\"CANARY\", \"w\")}'", "replace(v10, name=f'{v10.__init__.__globals__}')", "(x := open('CANARY', 'w'))",
+    "await open('CANARY', 'w')", "v10.__class__.__mro__[1].__subclasses__()", "v10.__init__.__globals__",
+    "v10.prepare.__func__.__globals__['torch']", "v10.control.__class__", "v10.estimate.__call__.__globals__",
+    "v10.control.__reduce_ex__(4)", "v10.prepare", "v10.paced(3)", "v10.due(1)", "''.join(['a'])", "'x'.format(v10)",
+    "'{0.__class__}'.format(v10)", "type(v10)", "getattr(v10, 'control')", "vars(v10)", "dir()", "globals()", "breakpoint()",
+    "input()", "Recipe.__init__", "Recipe.__new__(Recipe)", "replace.__globals__", "each.__globals__['VALUES']", "Budget.step",
+    "VALUES['Budget']()", "(Budget if 1 else Budget)()", "(Budget)()()", "[Budget][0]()", "{**{'a': open('CANARY', 'w')}}",
+    "replace(*[v10])", "replace(v10, **{'name': open('CANARY', 'w')})", "Recipe(**{'name': 'x'})", "Budget(*(1,))",
+    "(open('CANARY', 'w') for _ in (1,))", "{open('CANARY', 'w')}", "{1: 2 for _ in (1,)}", "yield v10",
+    "v10 if open('CANARY', 'w') else v10", "v10 or v9", "not v10", "v10[0]", "v10[0:1]", "v10 @ v10", "~1", "1 < 2", "...",
+    "b'x'", "1j", "import os", "v10; import os", "v10\nimport os", "v10 = 1", "def f(): pass", "class A: pass",
+    "@v10\ndef f(): pass", "del v10", "assert 0", "v10: int = 3", "async def f(): pass", "lambda: v10", "print(v10) or v10",
+    "torch.load('CANARY')", "os", "sys.exit(0)", "__builtins__", "__loader__", "Axis()", "Control()", "Estimate()", "Rule()",
+    "replace(v10, state=_Policy())", "FisherStart(seen={'a': open('CANARY', 'w')})",
 ]
 
 
@@ -92,13 +94,14 @@ def test_what_an_eval_would_run_is_refused(text, tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------------------------ what is too much
 
 LARGE = [
-    "9**9**9**9", "2**10**9", "'a' * 10**9", "[0] * 10**9", "1 << 10**9", "-" * 15_000 + "1", "not " * 4_000 + "v10", "1/" * 4_000 + "1",
-    "v10" + ".control" * 2_000, "(" * 10_000, "(" * 39 + "v10", "(" * 41 + "v10" + ")" * 41, "[" * 200 + "]" * 200, "{" * 90 + "}" * 90,
-    "(" * 9_000 + "v10" + ")" * 9_000, "((),) + " * 2_000 + "()", "v10" * 7_000, "a" * 100_000, " " * 100_000 + "v10",
-    "v10" + " " * 100_000, "replace(" * 38 + "v10" + ", every=3)" * 38 + "x", "9" * 5_000, "9" * 19_000,
-    "replace(v10, every=" + "9" * 5_000 + ")", "replace(v10, control=Budget(share=1/" + "9" * 400 + "))", "1/" + "9" * 400,
-    "replace(v10, where=(" + "'*', " * 4_000 + "))", "0" * 19_000 + "1", "1e" + "9" * 300, "'" + "\\N{BULLET}" * 1_500 + "'",
-    "lambda " + ", ".join(f"a{i}" for i in range(3_000)) + ": 0", "f'" + "{1}" * 5_000 + "'", "x" + "[0]" * 5_000, "await " * 3_000 + "x",
+    "9**9**9**9", "2**10**9", "'a' * 10**9", "[0] * 10**9", "1 << 10**9", "-" * 15_000 + "1", "not " * 4_000 + "v10",
+    "1/" * 4_000 + "1", "v10" + ".control" * 2_000, "(" * 10_000, "(" * 39 + "v10", "(" * 41 + "v10" + ")" * 41,
+    "[" * 200 + "]" * 200, "{" * 90 + "}" * 90, "(" * 9_000 + "v10" + ")" * 9_000, "((),) + " * 2_000 + "()", "v10" * 7_000,
+    "a" * 100_000, " " * 100_000 + "v10", "v10" + " " * 100_000, "replace(" * 38 + "v10" + ", every=3)" * 38 + "x", "9" * 5_000,
+    "9" * 19_000, "replace(v10, every=" + "9" * 5_000 + ")", "replace(v10, control=Budget(share=1/" + "9" * 400 + "))",
+    "1/" + "9" * 400, "replace(v10, where=(" + "'*', " * 4_000 + "))", "0" * 19_000 + "1", "1e" + "9" * 300,
+    "'" + "\\N{BULLET}" * 1_500 + "'", "lambda " + ", ".join(f"a{i}" for i in range(3_000)) + ": 0", "f'" + "{1}" * 5_000 + "'",
+    "x" + "[0]" * 5_000, "await " * 3_000 + "x",
 ]
 
 
@@ -111,13 +114,16 @@ def test_what_is_too_long_too_deep_or_too_large_is_refused_at_once(text):
 
 # ------------------------------------------------------------------------------------------------ what is no text
 
-ODD = ["", " ", "\n", "\0", "v10\0", "\0v10", "v10\n\nv10", "\u202ev10", "v\u200b10", "\ufeffv10", "v10\\", "'", '"""', "\\", "#", "# v10",
-       "replace(v10, name='\ud800')", "\ud800", "replace(v10, name=\u201cx\u201d)", "v10,", "(v10,)", "[v10]", "{v10: 1}", "{'a': v10}",
-       "'v10'", "3", "None", "True", "-v10", "+v10", "v10/v10", "-True", "1/0", "0/0", "1/True", "-'a'", "nan", "inf", "-inf", "1e999",
-       "v10.nope", "v10.every", "v10.control", "v10.name", "nope", "nope()", "v99", "V10", "v5.2", "replace()", "replace(3)", "replace(v10, 3)",
-       "replace(v10, nope=3)", "replace(Budget(), begin=0.9, end=0.1)", "each(3)", "each(v10.control, nope=3)", "Recipe()", "Recipe(3)",
-       "Budget()", "Spectron()", "{(1, 2): 3}", "{[1]: 2}", "{1: 2, 1: 3}", "{}", "[]", "()", "Recipe('x', 'y', 'z', 1, 2, 3, 4, 5, 6)",
-       "ByLayer(())", "ByLayer((('*', 3),))", "Schedule(((0, {'a': 'x'}),))", "Schedule(((0, {1: 2}),))", "Schedule(((0, {'a': 0}),))"]
+ODD = [
+    "", " ", "\n", "\0", "v10\0", "\0v10", "v10\n\nv10", "\u202ev10", "v\u200b10", "\ufeffv10", "v10\\", "'", '"""', "\\", "#",
+    "# v10", "replace(v10, name='\ud800')", "\ud800", "replace(v10, name=\u201cx\u201d)", "v10,", "(v10,)", "[v10]", "{v10: 1}",
+    "{'a': v10}", "'v10'", "3", "None", "True", "-v10", "+v10", "v10/v10", "-True", "1/0", "0/0", "1/True", "-'a'", "nan",
+    "inf", "-inf", "1e999", "v10.nope", "v10.every", "v10.control", "v10.name", "nope", "nope()", "v99", "V10", "v5.2",
+    "replace()", "replace(3)", "replace(v10, 3)", "replace(v10, nope=3)", "replace(Budget(), begin=0.9, end=0.1)", "each(3)",
+    "each(v10.control, nope=3)", "Recipe()", "Recipe(3)", "Budget()", "Spectron()", "{(1, 2): 3}", "{[1]: 2}", "{1: 2, 1: 3}",
+    "{}", "[]", "()", "Recipe('x', 'y', 'z', 1, 2, 3, 4, 5, 6)", "ByLayer(())", "ByLayer((('*', 3),))",
+    "Schedule(((0, {'a': 'x'}),))", "Schedule(((0, {1: 2}),))", "Schedule(((0, {'a': 0}),))",
+]
 
 
 @pytest.mark.parametrize("text", ODD, ids=ascii)
@@ -148,7 +154,10 @@ def test_the_texts_of_all_recipes_and_repairs_read_back():
 
 # ------------------------------------------------------------------------------------------------ values of wrong types
 
-WRONG = ["-1", "0", "1.5", "-0.5", "1e999", "10**3", "None", "True", "'x'", "()", "{}", "[1]", "v10", "Hold()", "('a', 3)", "9" * 400]
+WRONG = [
+    "-1", "0", "1.5", "-0.5", "1e999", "10**3", "None", "True", "'x'", "()", "{}", "[1]", "v10", "Hold()", "('a', 3)",
+    "9" * 400,
+]
 
 
 def calls():
@@ -172,8 +181,10 @@ def test_every_field_of_every_value_is_checked_when_it_is_made():
 # ------------------------------------------------------------------------------------------------ whatever comes
 
 ALPHABET = "()[]{}'\",.:;=+-*/%@!~<>|&^\\#_ \n\0\t0189eEjxaAvN\u202e\ud800\u00e9"
-WORDS = ["lambda", "None", "True", "for", "in", "if", "else", "import", "yield", "await", "not", "**", "*", ":=", "__class__", "v10",
-         "replace", "Recipe", "Budget", "1e999", "-", "()", ".control", "1/0", "eval", "open('x')", "f'{1}'", "...", "{**{}}"]
+WORDS = [
+    "lambda", "None", "True", "for", "in", "if", "else", "import", "yield", "await", "not", "**", "*", ":=", "__class__", "v10",
+    "replace", "Recipe", "Budget", "1e999", "-", "()", ".control", "1/0", "eval", "open('x')", "f'{1}'", "...", "{**{}}",
+]
 
 
 def mutated(rng, texts):
