@@ -344,7 +344,7 @@ class Observer:
         """Sums over all processes, in place, in one order for all of them; returns the steps that counted, of each half."""
         self.group.sum([self.books[name].total[key] for name in self.layers for key in names if key in self.books[name].total])
         for name in self.layers:                            # a process's own d is of its own mean loss
-            for key in ("K", "felt"):
+            for key in ("K", "felt", "G"):
                 if key in names and key in self.books[name].total:
                     self.books[name].total[key].div_(self.group.size)
         good = self.good.clone()

@@ -6,11 +6,11 @@ import sys
 import time
 import unicodedata  # noqa: F401  # what Python's own parser imports for \\N{...}
 from dataclasses import fields, is_dataclass
-from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from alr import recipes
 from alr.adapt import Recipe
@@ -274,10 +274,11 @@ def test_a_suite_in_toml_whose_recipe_is_code_runs_nothing(canary):
 
 
 def test_a_record_in_jsonl_whose_recipe_is_code_runs_nothing(canary):
-    import synthetic
     from alr.evidence import records
     from alr.evidence.sweep import same_recipe
     from alr.lab.log import digest
+
+    import synthetic
     lines = synthetic.log("v10", 0, epochs=2)
     lines[0] = json.dumps(json.loads(lines[0]) | {"recipe": HOSTILE})
     lines[-1] = json.dumps(json.loads(lines[-1]) | {"digest": digest(lines[:-1])})
