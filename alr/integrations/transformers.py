@@ -32,8 +32,8 @@ class AdaptRanks(Adapting, TrainerCallback):
 
     recipe: such as alr.recipes.alr; factorise the model before the Trainer is made, and give the callback to the Trainer's
     constructor.  The Trainer's own AdamW will do, or `optimizers=(alr.PairOptimizer(model), None)`.  Gradient accumulation,
-    clipping, checkpointing, bf16 and fp16 are the Trainer's affair.  Logs get "rank_mean" and "low_rank_parameters"; `.events` holds every change, `.adapter.ranks` the
-    ranks.  averages, per: see `common.Adapting`.
+    clipping, checkpointing, bf16 and fp16 are the Trainer's affair.  Logs get "rank_mean" and
+    "low_rank_parameters"; `.events` holds every change, `.adapter.ranks` the ranks.  averages, per: see `common.Adapting`.
 
     The adapter's state lies beside each checkpoint as alr.pt, and `trainer.train(resume_from_checkpoint=...)` goes on bit
     for bit.  resume_from: that folder, where it is not OUTPUT_DIR/checkpoint-STEP.
@@ -54,9 +54,9 @@ class AdaptRanks(Adapting, TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         if args.parallel_mode.name != "NOT_PARALLEL" or getattr(args, "deepspeed", None):
             raise ValueError(f"AdaptRanks: the Trainer runs in {args.parallel_mode.name} mode on {args.world_size} processes, "
-                             f"{args.n_gpu} GPUs, and what it wraps the model in cannot follow a rank that changes. Run it on one "
-                             "device (CUDA_VISIBLE_DEVICES=0), hold the ranks and leave the callback out, or write the loop with "
-                             "alr.average_gradients(model).")
+                             f"{args.n_gpu} GPUs, and what it wraps the model in cannot follow a rank that changes. Run it on "
+                             "one device (CUDA_VISIBLE_DEVICES=0), hold the ranks and leave the callback out, or write the "
+                             "loop with alr.average_gradients(model).")
         optimizer = bare(optimizer)
         layers = low_rank_layers(model)
         # a checkpoint of other ranks may have been loaded after the user had made the optimizer
