@@ -463,12 +463,15 @@ class RankAdapter:
         return wanted, memory, {name: effective_number(t) for name, t in targets.items()}
 
     def _bypassed(self, seen: dict[str, Seen]) -> set[str]:
-        """Layers that are trained although their forward was never called: somebody reads their weight."""
-        found = {name for name, one in seen.items() if one.rows == 0 and one.importance is not None
-                 and (grad := self.layers[name].U.grad) is not None and grad.any()}
+        """Layers that may be trained although their forward was never called: somebody reads their weight."""
+        unseen = [name for name, one in seen.items() if one.rows == 0 and one.importance is not None]
+        zeroed = self._mark is not None and self._gradient() != self._mark      # then bypassed and unused look alike
+        found = {name for name in unseen if zeroed or (grad := self.layers[name].U.grad) is not None and grad.any()}
         for name in found:
-            self._warn(f"bypassed {name}", f"{name!r} has gradients, but its forward was not called in the last steps, so "
-                                           "nothing is known of its directions; its rank stays. Does somebody read .weight?")
+            self._warn(f"bypassed {name}", f"the forward of {name!r} was not called in the last steps, so nothing is known of its "
+                       "directions; its rank stays. " + (
+                           "Call adapter.step() before the gradients are zeroed: they tell whether it is in use." if zeroed else
+                           "It has gradients all the same. Does somebody read .weight?"))
         return found
 
     def _check_finite(self) -> None:
@@ -589,6 +592,7 @@ class RankAdapter:
         the frozen factors.
         """
         return {"recipe": repr(self.recipe), "layers": {name: list(shape) for name, shape in zip(self.layers, self.shapes)},
+                "ranks": self.ranks,
                 "total_steps": self.total_steps, "steps": self.steps, "since": self._since, "memory": self.memory,
                 "losses": list(self.losses), "seconds": self.seconds,
                 "stale": {name: [list(s) for s in shapes] for name, shapes in self.stale.items()},
@@ -599,7 +603,7 @@ class RankAdapter:
     def load_state_dict(self, state: dict) -> None:
         """Go on where another adapter stopped.  Load the model first; then optimizer and adapter, in either order.
 
-        ValueError for a state of other layers, or of another recipe.  Factors that loading the model has replaced are put
+        ValueError for a state of other layers, other ranks (the model is not loaded yet) or another recipe.  Factors that loading the model has replaced are put
         into the optimizers; what no optimizer holds then is refused, as at the start.
         """
         if missing := set(self.state_dict()) - set(state if isinstance(state, dict) else ()):
@@ -611,6 +615,9 @@ class RankAdapter:
             there = state["layers"].get(other[0], "absent")
             raise ValueError(f"RankAdapter: the state is of other layers; {other[0]!r} is {there} "
                              f"there and {shapes.get(other[0], 'absent')} here.")
+        if unlike := [name for name, rank in self.ranks.items() if state["ranks"][name] != rank]:
+            raise ValueError(f"RankAdapter: {unlike[0]!r} has rank {state['ranks'][unlike[0]]} in the state and "
+                             f"{self.ranks[unlike[0]]} in the model. Load the model's state dict first.")
         if state["recipe"] != repr(self.recipe):
             raise ValueError(f"RankAdapter: the state is of recipe {state['recipe']}, and this adapter has {self.recipe!r}.")
         self.steps = self._taken = state["steps"]

@@ -105,7 +105,7 @@ class PairOptimizer(Optimizer):
             return
         flat = group["params"]
         for U, V in zip(flat[::2], flat[1::2]):
-            if not U.is_meta:
+            if not U.is_meta and U.requires_grad:           # of a frozen pair with its first step, should it be unfrozen
                 self._start(U, V)
 
     @torch.no_grad()
@@ -185,13 +185,22 @@ class PairOptimizer(Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict) -> None:
-        """As torch's, but that AdamW's moments of float16 and bfloat16 parameters stay in float32."""
+        """As torch's, but that AdamW's moments of float16 and bfloat16 parameters stay in float32.
+
+        ValueError, before anything is loaded, for the state of another optimizer, or of other kinds of groups.
+        """
+        kinds = [group.get("kind") for group in state_dict["param_groups"]]
+        if kinds != (mine := [group["kind"] for group in self.param_groups]):
+            raise ValueError(f"PairOptimizer: the state has groups of the kinds {kinds}, and this optimizer {mine}: it is of "
+                             "another optimizer, or of other groups.")
         super().load_state_dict(state_dict)
         places = [i for group in state_dict["param_groups"] for i in group["params"]]
         for i, p in zip(places, [p for group in self.param_groups for p in group["params"]], strict=True):
             for key, x in state_dict["state"].get(i, {}).items():
                 if isinstance(x, Tensor) and x.dim() and x.dtype != self.state[p][key].dtype:
                     self.state[p][key] = x.detach().to(p.device, copy=True)
+                elif key == "step" and isinstance(x, Tensor) and p.device.type == "cuda":   # torch leaves it where it was saved
+                    self.state[p][key] = x.detach().to(p.device, torch.float32, copy=True)
 
 
 def check_pairs(listed: list[tuple]) -> None:
@@ -237,5 +246,5 @@ def check_settings(group: dict) -> None:
 
 
 def pairs(model: nn.Module) -> list[tuple[nn.Parameter, nn.Parameter]]:
-    """(U, V) of every LowRankLinear of the model that is trained, in module order."""
-    return [(layer.U, layer.V) for layer in low_rank_layers(model).values() if layer.U.requires_grad or layer.V.requires_grad]
+    """(U, V) of every LowRankLinear of the model, in module order; frozen ones too, which may be trained later."""
+    return [(layer.U, layer.V) for layer in low_rank_layers(model).values()]

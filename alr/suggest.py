@@ -9,6 +9,7 @@ Dims: m out_features, n in_features, q = min(m, n), r rank.  W (m, n) -> U (m, r
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -82,9 +83,11 @@ def suggest_ranks(model: nn.Module, batches: Iterable[Any], share: float,
 
     batches: at least two, each (inputs, targets), a dict for model(**batch), or whatever `loss(model, batch)` takes; a mean
     over its terms.  where: which layers, as in `factorize_`.  min_rank, multiple: as in `Budget`.  per: see `Observer`.
+    A layer that no batch reaches stays as it is, as if `where` had left it out; a warning names it.
     Cost: a copy of the model, one forward and backward per batch, and the SVD of every weight.
 
-    ValueError: fewer than two batches; a share that is no share; no linear layer; a loss that is not finite.
+    ValueError: fewer than two batches; a share that is no share; no linear layer; a loss that is not finite,
+    or that reaches none of the layers.
 
         >>> _ = torch.manual_seed(0)
         >>> model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
@@ -118,7 +121,16 @@ def suggest_ranks(model: nn.Module, batches: Iterable[Any], share: float,
             p.grad = None
         observer.commit()
     seen = observer.close()
-    return _shared(layers, seen, share, min_rank, multiple)
+    unseen = [name for name in layers if not seen[name].rows > 0]
+    if len(unseen) == len(layers):
+        raise ValueError(f"suggest_ranks: the loss went through the forward of none of the layers ({unseen[0]!r} is the first). "
+                         "Does somebody read their .weight?")
+    if unseen:
+        warnings.warn("suggest_ranks: the loss of no batch went through the forward of "
+                      f"{unseen[0]!r}" + (f" and of {len(unseen) - 1} more layers" if unseen[1:] else "") + ", so nothing is "
+                      "known of the directions there; left as it is. Does somebody read .weight, or do the batches never get "
+                      "there?", stacklevel=2)
+    return _shared({name: layer for name, layer in layers.items() if name not in unseen}, seen, share, min_rank, multiple)
 
 
 def _shared(layers, seen: dict[str, Seen], share: float, min_rank: int, multiple: int) -> Suggestion:
