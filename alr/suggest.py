@@ -51,7 +51,7 @@ class Suggestion:
     ranks: {layer name: rank}, for `factorize_`.  init: its `init`, which cuts each layer where the loss feels it least.
     rise: the predicted rise of the loss, in its own unit: the sum of what the loss feels of the directions that are left
     out.  A second-order figure for small cuts; large ones raise the loss by more.
-    parameters: (in all linear layers then, and now).  left_dense: layers that stay as they are, since
+    parameters: numbers in the linear layers that were seen (as suggested, as they are).  left_dense: layers that stay as they are, since
     their rank would cost as much as W.
     """
 

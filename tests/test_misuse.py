@@ -146,6 +146,17 @@ def test_loading_a_model_after_its_optimizer_was_made_puts_the_new_factors_into_
             assert torch.equal(p, q), order
 
 
+def test_an_adapter_that_is_loaded_before_its_model_is_refused():
+    a = net()
+    optimizer, adapter = start(a)
+    train(a, optimizer, adapter, 0, 20)
+    b = net()
+    optimizer2, adapter2 = start(b)
+    with pytest.raises(ValueError, match="'0' has rank .* in the state and .* in the model. Load the model's state dict first"):
+        adapter2.load_state_dict(copy.deepcopy(adapter.state_dict()))
+    assert adapter2.steps == 0 and adapter2.memory == start(net())[1].memory
+
+
 def test_an_adapter_made_after_the_model_was_loaded_sees_that_the_optimizer_is_older():
     a = net()
     optimizer, adapter = start(a)
@@ -346,6 +357,41 @@ def test_of_a_pair_both_factors_are_trained_or_neither():
     before = model[0].weight.detach().clone()
     train(model, optimizer, alr.RankAdapter(model, optimizer, FAST, total_steps=60), 0, 20)
     assert torch.equal(before, model[0].weight)
+
+
+class Bypassed(nn.Module):
+    """The forward of `b` is never called: its weight is read."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.c = nn.Linear(48, 48), nn.Linear(48, 48), nn.Linear(48, 12)
+
+    def forward(self, x):
+        return self.c(F.relu(F.linear(F.relu(self.a(x)), self.b.weight, self.b.bias)))
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_a_bypassed_layer_keeps_its_rank_also_where_gradients_are_zeroed_early(set_to_none):
+    model = factorize_(Bypassed(), rank=0.9)
+    optimizer, adapter = start(model)
+    rank = model.b.rank
+    with pytest.warns(UserWarning, match="the forward of 'b' was not called.*Call adapter.step.. before the gradients are zeroed"):
+        for i in range(16):
+            backward(model, i)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none)
+            adapter.step()
+    assert model.b.rank == rank > adapter.ranks["a"]
+
+
+def test_no_rank_is_suggested_for_a_layer_that_the_loss_does_not_go_through():
+    with pytest.warns(UserWarning, match="suggest_ranks: the loss of no batch went through the forward of 'b'"):
+        found = alr.suggest_ranks(Bypassed(), [batch(i) for i in range(4)], share=0.5)
+    assert "b" not in found.ranks and "b" not in found.left_dense and "a" in found.ranks
+    assert found.parameters[0] <= 0.5 * found.parameters[1] == 0.5 * (48 * 48 + 12 * 48)
+    with pytest.raises(ValueError, match="suggest_ranks: the loss went through the forward of none of the layers"):
+        alr.suggest_ranks(Bypassed(), [batch(i) for i in range(4)], share=0.5, where="b")
 
 
 def test_a_layer_that_no_batch_reaches_takes_no_budget_from_the_others():

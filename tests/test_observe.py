@@ -386,6 +386,16 @@ def test_close_leaves_nothing():
     assert not optimizer._optimizer_step_post_hooks
 
 
+def test_it_holds_a_few_r_by_r_matrices_per_layer_and_nothing_as_large_as_w():
+    model = start(rank=4, width=64)
+    optimizer, adapter = adapted(model, 7)                          # the second half of the window, where it holds most
+    held = {name: [x for x in (*book.pending().values(), *book.total.values(), book.A, book.B)]
+            for name, book in adapter.observer.books.items()}
+    for name, tensors in held.items():
+        m, n = adapter.layers[name].out_features, adapter.layers[name].in_features
+        assert max(x.numel() for x in tensors) <= 16 < m * n and sum(x.numel() for x in tensors) <= 6 * 16 + 30
+
+
 # ------------------------------------------------------------------------------------------------ compiled, traced, exported
 
 def graphs(compiled, model, steps, recipe):

@@ -135,3 +135,27 @@ def test_saved_and_loaded_it_goes_on_the_same():
         o.step()
     for p, q in zip(a.parameters(), b.parameters()):
         assert torch.equal(p, q)
+
+
+def test_a_pair_that_is_frozen_at_first_is_stepped_as_a_pair_once_it_is_not():
+    a, b = net(), net()
+    for p in (low_rank_layers(a)["0"].U, low_rank_layers(a)["0"].V):
+        p.requires_grad_(False)
+    late, early = PairOptimizer(a), PairOptimizer(b)
+    for p in a.parameters():
+        p.requires_grad_(True)
+    for model, optimizer in ((a, late), (b, early)):
+        grads(model)
+        optimizer.step()
+    for p, q in zip(a.parameters(), b.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_the_state_of_another_optimizer_is_refused_before_anything_is_loaded():
+    model = net()
+    optimizer = PairOptimizer(pairs(model))
+    before = copy.deepcopy(optimizer.state_dict())
+    other = torch.optim.AdamW([p for pair in pairs(model) for p in pair], 0.5)
+    with pytest.raises(ValueError, match="the state has groups of the kinds .None., .*it is of another optimizer"):
+        optimizer.load_state_dict(other.state_dict())
+    assert optimizer.state_dict()["param_groups"] == before["param_groups"]
