@@ -468,8 +468,8 @@ class RankAdapter:
         zeroed = self._mark is not None and self._gradient() != self._mark      # then bypassed and unused look alike
         found = {name for name in unseen if zeroed or (grad := self.layers[name].U.grad) is not None and grad.any()}
         for name in found:
-            self._warn(f"bypassed {name}", f"the forward of {name!r} was not called in the last steps, so nothing is known of its "
-                       "directions; its rank stays. " + (
+            self._warn(f"bypassed {name}", f"the forward of {name!r} was not called in the last steps, so nothing is known of "
+                       "its directions; its rank stays. " + (
                            "Call adapter.step() before the gradients are zeroed: they tell whether it is in use." if zeroed else
                            "It has gradients all the same. Does somebody read .weight?"))
         return found
@@ -603,8 +603,9 @@ class RankAdapter:
     def load_state_dict(self, state: dict) -> None:
         """Go on where another adapter stopped.  Load the model first; then optimizer and adapter, in either order.
 
-        ValueError for a state of other layers, other ranks (the model is not loaded yet) or another recipe.  Factors that loading the model has replaced are put
-        into the optimizers; what no optimizer holds then is refused, as at the start.
+        ValueError for a state of other layers, of other ranks (the model is not loaded yet), or of another recipe.  Factors
+        that loading the model has replaced are put into the optimizers; what no optimizer holds then is refused, as at the
+        start.
         """
         if missing := set(self.state_dict()) - set(state if isinstance(state, dict) else ()):
             raise ValueError(f"RankAdapter: {sorted(missing)[0]!r} is not in the state; wanted what adapter.state_dict() gave.")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .axes import Init
 from .budget import allocate, size
-from .factor import break_even
+from .factor import break_even, working
 from .fisher import cut_along
 from .linear import Where, dense_layers, dense_weight, factorize_, low_rank_layers, picks, refuse_wrapped, unwrapped
 from .observe import Observer, Seen
@@ -28,7 +28,10 @@ from .observe import Observer, Seen
 
 @dataclass(frozen=True)
 class FisherStart(Init):
-    """The cut of a trained weight in the metric of the loss, as `suggest_ranks` has seen it; for the layer of one name."""
+    """The cut of a trained weight in the metric of the loss, as `suggest_ranks` has seen it; for the layer of one name.
+
+    ValueError for a layer that was not seen, and for a weight that is no longer the one that was.
+    """
 
     seen: dict = field(repr=False)          # layer name -> (U, V, Seen) at full rank
     name: str | None = None
@@ -40,6 +43,12 @@ class FisherStart(Init):
         if self.name not in self.seen:
             raise ValueError(f"suggest_ranks has not seen this layer; it saw {', '.join(self.seen)}.")
         U, V, seen = self.seen[self.name]                           # (m, q), (q, n)
+        wide = working(weight.dtype)
+        W = weight.detach().to(wide)                                # (m, n)
+        far = (U.to(W) @ V.to(W) - W).norm().item()
+        if far > (1e-4 + 4 * torch.finfo(weight.dtype).eps) * W.norm().item():      # more than the factors' rounding (ours)
+            raise ValueError("the weight is not the one that suggest_ranks saw: trained since, or of another model. Call "
+                             "suggest_ranks again, or leave init out.")
         U2, V2, _ = cut_along(U, V, rank, seen.A, seen.B)           # (m, r), (r, n)
         return U2.to(weight), V2.to(weight)
 
@@ -51,8 +60,8 @@ class Suggestion:
     ranks: {layer name: rank}, for `factorize_`.  init: its `init`, which cuts each layer where the loss feels it least.
     rise: the predicted rise of the loss, in its own unit: the sum of what the loss feels of the directions that are left
     out.  A second-order figure for small cuts; large ones raise the loss by more.
-    parameters: numbers in the linear layers that were seen (as suggested, as they are).  left_dense: layers that stay as they are, since
-    their rank would cost as much as W.
+    parameters: numbers in the linear layers that were seen (as suggested, as they are).
+    left_dense: layers that stay as they are, since their rank would cost as much as W.
     """
 
     ranks: dict[str, int]
@@ -123,8 +132,8 @@ def suggest_ranks(model: nn.Module, batches: Iterable[Any], share: float,
     seen = observer.close()
     unseen = [name for name in layers if not seen[name].rows > 0]
     if len(unseen) == len(layers):
-        raise ValueError(f"suggest_ranks: the loss went through the forward of none of the layers ({unseen[0]!r} is the first). "
-                         "Does somebody read their .weight?")
+        raise ValueError(f"suggest_ranks: the loss went through the forward of none of the layers ({unseen[0]!r} is the "
+                         "first). Does somebody read their .weight?")
     if unseen:
         warnings.warn("suggest_ranks: the loss of no batch went through the forward of "
                       f"{unseen[0]!r}" + (f" and of {len(unseen) - 1} more layers" if unseen[1:] else "") + ", so nothing is "

@@ -376,7 +376,7 @@ def test_a_bypassed_layer_keeps_its_rank_also_where_gradients_are_zeroed_early(s
     model = factorize_(Bypassed(), rank=0.9)
     optimizer, adapter = start(model)
     rank = model.b.rank
-    with pytest.warns(UserWarning, match="the forward of 'b' was not called.*Call adapter.step.. before the gradients are zeroed"):
+    with pytest.warns(UserWarning, match="forward of 'b' was not called.*Call adapter.step.. before the gradients are zeroed"):
         for i in range(16):
             backward(model, i)
             optimizer.step()
@@ -392,6 +392,17 @@ def test_no_rank_is_suggested_for_a_layer_that_the_loss_does_not_go_through():
     assert found.parameters[0] <= 0.5 * found.parameters[1] == 0.5 * (48 * 48 + 12 * 48)
     with pytest.raises(ValueError, match="suggest_ranks: the loss went through the forward of none of the layers"):
         alr.suggest_ranks(Bypassed(), [batch(i) for i in range(4)], share=0.5, where="b")
+
+
+def test_a_suggested_start_is_of_the_weights_that_were_seen():
+    model = dense()
+    found = alr.suggest_ranks(model, [batch(i) for i in range(4)], share=0.5)
+    later = copy.deepcopy(model)
+    with torch.no_grad():
+        later[0].weight.mul_(1.01)
+    with refused(ValueError, "factorize_: '0': the weight is not the one that suggest_ranks saw.*suggest_ranks again", later):
+        factorize_(later, found.ranks, init=found.init)
+    factorize_(model, found.ranks, init=found.init)
 
 
 def test_a_layer_that_no_batch_reaches_takes_no_budget_from_the_others():

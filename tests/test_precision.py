@@ -324,10 +324,10 @@ def test_suggested_ranks_hardly_depend_on_the_precision(kind):
         model = densify_(net(kind))
         with torch.no_grad():                                       # layers that differ in how much rank they need
             model[2].weight[:, 4:] *= 0.01
-        return alr.suggest_ranks(model, [batch(i, kind) for i in range(8)], share=0.4,
-                                 loss=lambda m, b: F.cross_entropy(m(b[0]).float(), b[1]))
-    full, other = found("float32"), found(kind)
+        return model, alr.suggest_ranks(model, [batch(i, kind) for i in range(8)], share=0.4,
+                                        loss=lambda m, b: F.cross_entropy(m(b[0]).float(), b[1]))
+    (_, full), (model, other) = found("float32"), found(kind)
     assert other.parameters[0] <= 0.4 * other.parameters[1] and other.ranks.keys() == full.ranks.keys()
     assert all(abs(other.ranks[name] - full.ranks[name]) <= 3 for name in full.ranks)
-    model = factorize_(densify_(net(kind)), other.ranks, init=other.init)
+    factorize_(model, other.ranks, init=other.init)
     assert all(p.dtype == dtype_of(kind) for p in model.parameters())
