@@ -172,7 +172,8 @@ class RankAdapter:
 
     optimizer: one or several, wrapped by accelerate or Lightning or not.  total_steps: optimizer steps of the whole run, for
     controllers that plan over it.  group: the processes that train together; torch's default group if one is open.
-    per: what a term of the loss belongs to, see `observe.Observer`.
+    per: what a term of the loss belongs to, see `observe.Observer`.  Say per="example" for a pooled classifier whose head is
+    not low-rank: "auto" tells pooling by a head that sees one row where the trunk sees several.
 
     A layer that is frozen keeps its factors, and its parameters count as spent.
 
@@ -368,12 +369,17 @@ class RankAdapter:
         self._adopt()
         if self.observer is not None:
             self.observer.commit()
-        events = self.adapt() if self.recipe.due(self.steps) else []
+        events = self.adapt() if self.recipe.due(self.steps) and not self._blind() else []
         if self.recipe.state.zero:
             for name in self.stale:
                 self.layers[name].U.grad = self.layers[name].V.grad = None
         self._arm()
         return events
+
+    def _blind(self) -> bool:
+        """Is there nothing to decide by, since the window before this decision was dropped?"""
+        dropped = "window" in self._warned and self.observer is None and bool(self.recipe.observes)
+        return dropped and not self.recipe.control.finished(list(self.ranks.values()), self.memory, self._signal(self.steps))
 
     def _out_of_order(self) -> None:
         grad = next(layer.U.grad for layer in self.layers.values() if layer.U.requires_grad)
@@ -579,9 +585,17 @@ class RankAdapter:
     def _adopt(self) -> None:
         """Factors that were replaced behind our back (a state dict of other ranks was loaded): the optimizers get the new ones.
 
-        Where the optimizer's state was loaded too, it is of the new shapes and stays; other state is dropped.
+        Where the optimizer's state was loaded too, it is of the new shapes and stays; other state is dropped.  So is what an
+        open window has seen of the old factors.
         """
         adopt(self.optimizers, self._known, self.layers)
+        replaced = [name for name, layer in self.layers.items()
+                    if self._known[name][0] is not layer.U or self._known[name][1] is not layer.V]
+        if replaced and self.observer is not None:
+            self.observer.remove()
+            self.observer = None
+            self._warn("window", f"the factors of {replaced[0]!r} were replaced (a state dict was loaded) in the steps before "
+                                 "a decision; what was seen so far is dropped.")
         for name, layer in self.layers.items():
             self._known[name] = (layer.U, layer.V)
 
@@ -621,6 +635,10 @@ class RankAdapter:
                              f"{self.ranks[unlike[0]]} in the model. Load the model's state dict first.")
         if state["recipe"] != repr(self.recipe):
             raise ValueError(f"RankAdapter: the state is of recipe {state['recipe']}, and this adapter has {self.recipe!r}.")
+        if state["total_steps"] != self.total_steps:
+            warnings.warn(f"RankAdapter: the state is of a run of {state['total_steps']} steps, and this one has "
+                          f"{self.total_steps}: a schedule over the whole run goes on as if it had always been so long.",
+                          stacklevel=2)
         self.steps = self._taken = state["steps"]
         self._counts, self._mark = [state["since"]] * len(self.optimizers), None
         self.memory, self.losses, self.seconds = state["memory"], list(state["losses"]), state["seconds"]

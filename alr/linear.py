@@ -106,7 +106,9 @@ class LowRankLinear(nn.Module):
         """Make room for factors of another rank, whose numbers follow: new, empty Parameters."""
         for name, shape in (("U", (self.out_features, rank)), ("V", (rank, self.in_features))):
             old = getattr(self, name)
-            setattr(self, name, successor(old, old.new_empty(shape)))
+            new = successor(old, old.new_empty(shape))
+            old.stands_now = new                        # for an optimizer that still holds the old one
+            setattr(self, name, new)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         # a saved layer of another rank makes this one take that rank; anything else that differs is torch's to refuse
@@ -121,7 +123,7 @@ class LowRankLinear(nn.Module):
 def successor(old: nn.Parameter, new: Tensor) -> nn.Parameter:
     """The Parameter of another shape that stands where `old` stood: its attributes and gradient hooks go along."""
     p = nn.Parameter(new, old.requires_grad)
-    p.__dict__.update(old.__dict__)
+    p.__dict__.update({key: value for key, value in old.__dict__.items() if key != "stands_now"})
     for hook in (old._backward_hooks or {}).values():
         p.register_hook(hook)
     for hook in (old._post_accumulate_grad_hooks or {}).values():
@@ -232,7 +234,7 @@ def factorize_(model: nn.Module, rank: int | float | Mapping[str, int | float] |
 
     Taken are exact nn.Linear layers and Conv1D of transformers.  A warning of one line names the kinds of modules that
     hold matrices and were not taken.  Hooks of a replaced layer are gone.
-    Make the optimizer afterwards: one made before still holds the old weights.
+    Initialise weights before, and make the optimizer afterwards: one made before still holds the old weights.
 
     ValueError, before anything is changed: nothing matched; a rank out of range; a weight that is not finite, or shared
     with another module; a wrapped or sharded model; a model that is itself a linear layer.
@@ -256,6 +258,8 @@ def factorize_(model: nn.Module, rank: int | float | Mapping[str, int | float] |
         raise ValueError("factorize_: the model is itself a linear layer and cannot be replaced in place; "
                          "use LowRankLinear.from_linear(linear, rank).")
     if isinstance(rank, Mapping):
+        if not rank:
+            raise ValueError("factorize_: rank is an empty mapping, so every layer would stay dense; leave the call out.")
         unknown = sorted(set(rank) - set(linears))
         if unknown:
             raise ValueError(f"factorize_: rank names {unknown[0]!r}, which is no linear layer of the model; "

@@ -73,6 +73,9 @@ class PairOptimizer(Optimizer):
             params += [{"params": rest}] if rest else []
         else:
             params = list(params)
+            if params and isinstance(params[0], Tensor):
+                raise ValueError("PairOptimizer: params are single Parameters, which nobody can pair; give the model, "
+                                 "PairOptimizer(model), or pairs (U, V).")
             if params and not isinstance(params[0], dict):
                 params = [{"pairs": params}]
         if not any(group.get("pairs") for group in params):
@@ -144,6 +147,10 @@ class PairOptimizer(Optimizer):
 
     def _step_pairs(self, group: dict) -> None:
         flat, live = group["params"], []
+        for i, p in enumerate(flat):                            # a state dict of another rank was loaded: hold what is there
+            while (new := getattr(p, "stands_now", None)) is not None:
+                self.state.pop(p, None)
+                flat[i] = p = new
         for U, V in zip(flat[::2], flat[1::2]):
             if U.grad is None and V.grad is None:
                 continue

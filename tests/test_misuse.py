@@ -1001,3 +1001,64 @@ def test_a_budget_that_the_least_ranks_exceed_is_said():
     with pytest.warns(UserWarning, match="min_rank=4 in every layer takes 0.333 of the dense parameters, more than "
                                          "share=0.167"):
         start(model, alr.recipes.alr, 200)
+
+
+# ------------------------------------------------------------------------------------------------ loaded on the way
+
+def test_an_optimizer_of_pairs_without_an_adapter_follows_a_state_dict_of_other_ranks():
+    torch.manual_seed(0)
+    def make(rank):
+        return alr.factorize_(nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 5)), rank=rank)
+    model, other = make(3), make(2)
+    optimizer = alr.PairOptimizer(model, lr=0.02)
+    model.load_state_dict(other.state_dict())
+    before = [p.detach().clone() for p in model.parameters()]
+    F.cross_entropy(model(torch.randn(8, 12)), torch.arange(8) % 5).backward()
+    optimizer.step()
+    assert all((p.detach() - q).abs().max() > 0 for p, q in zip(model.parameters(), before))
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for p in model.parameters()}
+    copy.deepcopy(model)
+
+
+@pytest.mark.parametrize("at", [13, 14, 15, 16])
+def test_a_rollback_in_the_steps_before_a_decision_drops_what_was_seen_and_goes_on(at):
+    torch.manual_seed(0)
+    model = alr.factorize_(nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 32)), rank=0.9)
+    optimizer = alr.PairOptimizer(model, lr=0.02)
+    recipe = replace(alr.recipes.alr, every=8, control=Budget(share=0.3, min_rank=2, per_parameter=True))
+    adapter = alr.RankAdapter(model, optimizer, recipe, total_steps=64)
+    good, ranks = copy.deepcopy(model.state_dict()), []
+    def run(start, stop):
+        for i in range(start, stop):
+            x = torch.randn(16, 32, generator=torch.Generator().manual_seed(i))
+            F.mse_loss(model(x), x).backward()
+            optimizer.step()
+            adapter.step()
+            optimizer.zero_grad()
+            ranks.append(sum(adapter.ranks.values()))
+    run(0, at)
+    model.load_state_dict(good)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        run(at, 40)
+    assert any("what was seen so far is dropped" in str(one.message) for one in told) == (at in (13, 14, 15))
+    assert ranks[-1] < ranks[at] and all(p.isfinite().all() for p in model.parameters())
+
+
+def test_another_length_of_the_run_is_said_on_loading():
+    model = alr.factorize_(nn.Sequential(nn.Linear(32, 32)), rank=0.9)
+    optimizer = alr.PairOptimizer(model)
+    recipe = replace(alr.recipes.alr, control=Budget(share=0.5, min_rank=2))
+    state = alr.RankAdapter(model, optimizer, recipe, total_steps=100).state_dict()
+    with pytest.warns(UserWarning, match="a run of 100 steps, and this one has 200"):
+        alr.RankAdapter(model, optimizer, recipe, total_steps=200).load_state_dict(state)
+
+
+@pytest.mark.parametrize("call, words", [
+    (lambda model: alr.PairOptimizer(model.parameters()), "give the model"),
+    (lambda model: alr.factorize_(nn.Sequential(nn.Linear(4, 4)), {}), "empty mapping"),
+])
+def test_what_a_newcomer_types_first_is_answered(call, words):
+    with pytest.raises(ValueError, match=words):
+        call(alr.factorize_(nn.Sequential(nn.Linear(8, 8)), rank=2))
