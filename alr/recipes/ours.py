@@ -16,7 +16,7 @@ dense = Recipe("dense", rank=None,
 uniform = Recipe("uniform", rank=32, init=Spectral(), cap="min",
                  about="every layer at one rank, held")
 
-# v10 with every flaw below undone, and nothing new
+# v10 with every flaw of `flaws.FLAWS` undone, and a spectral start (the scripts start small and Gaussian)
 repaired = Recipe("repaired", rank=64, init=Spectral(), estimate=StableRank(), control=Bidirectional(),
                   resize=SvdCore(), state=Transport(), every=200, epoch=200, cap="break-even",
                   about="v10 repaired: exact estimate, QR-core resize, moments carried over, no rank above break-even")
