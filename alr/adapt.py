@@ -220,9 +220,12 @@ class RankAdapter:
                 warnings.warn(f"RankAdapter: {warning}", stacklevel=2)
         self.memory = recipe.control.init(list(self.ranks.values()))
         self._check_alike()
-        self._taken, self._warned = 0, set()        # optimizer steps so far; what has been warned of
+        # Time is kept twice.  `steps` counts the calls of step() that count, and the recipe goes by it.  What the optimizers
+        # do is heard from their hooks, so that a call too many, too few or at the wrong place is noticed.
+        self._taken = 0                             # optimizer steps so far, for the warning of a forgotten call
         self._counts = [0] * len(self.optimizers)   # steps of each optimizer since the last call of `step`
-        self._mark = None                           # the gradient that the last optimizer step used
+        self._mark = None                           # the gradient that the last optimizer step used: was there another since?
+        self._warned = set()                        # what has been said already
         self._listen()
         if recipe.gradient is not None:
             recipe.gradient.attach(self)

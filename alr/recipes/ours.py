@@ -21,7 +21,7 @@ repaired = Recipe("repaired", rank=64, init=Spectral(), estimate=StableRank(), c
                   resize=SvdCore(), state=Transport(), every=200, epoch=200, cap="break-even",
                   about="v10 repaired: exact estimate, QR-core resize, moments carried over, no rank above break-even")
 
-# ours: start wide, shrink to a sixth of the dense size over four fifths of training, worth and cut in the metric of the
+# ours: start wide, shrink to a sixth of the dense size over four fifths of training, importance and cut in the metric of the
 # loss; made for optimizer="pairs".  Before: estimate=Spectrum(), control=Budget(), resize=SvdCore()
 alr = Recipe("alr", rank=64, init=Spectral(), estimate=FisherSpectrum(),
              control=Budget(share=1 / 6, end=0.8, per_parameter=True), resize=FisherCut(), state=Transport(),
