@@ -15,17 +15,18 @@ def words(line: str) -> str:
 
 def ready(lines: list[str]) -> list[str]:
     """The lines of a docstring: examples as they are, indented blocks as they are typed, all else as prose."""
-    out, block = [], ""
+    out, block, margin = [], "", 0
     for line in lines:
         indented = line[:1] == " " and line.strip()
         if indented and not block and (not out or not out[-1].strip()):
             block = "example" if line.strip().startswith(">>>") else "typed"
+            margin = len(line) - len(line.lstrip())
             if block == "typed":
                 out += ["::", ""]
         elif line.strip() and not indented:
             block = ""
         if block == "example":
-            out.append(line.strip())
+            out.append(line[margin:].rstrip())
         else:
             out.append(line if block else words(line.strip() if not out or out[-1].strip() else line))
     return out
