@@ -80,7 +80,7 @@ class PairOptimizer(Optimizer):
                 params = [{"pairs": params}]
         if not any(group.get("pairs") for group in params):
             raise ValueError("PairOptimizer: no pairs; call alr.factorize_(model, rank=...) before it is made.")
-        super().__init__(params, {})
+        super().__init__(params, {"momentum": momentum})        # cyclic schedulers ask the defaults for it
 
     # ---------------------------------------------------------------- groups
 

@@ -159,3 +159,22 @@ def test_the_state_of_another_optimizer_is_refused_before_anything_is_loaded():
     with pytest.raises(ValueError, match="the state has groups of the kinds .None., .*it is of another optimizer"):
         optimizer.load_state_dict(other.state_dict())
     assert optimizer.state_dict()["param_groups"] == before["param_groups"]
+
+
+@pytest.mark.parametrize("make", [
+    lambda o: torch.optim.lr_scheduler.OneCycleLR(o, max_lr=[0.03, 0.01], total_steps=12),
+    lambda o: torch.optim.lr_scheduler.CyclicLR(o, base_lr=[0.01, 0.003], max_lr=[0.03, 0.01], step_size_up=4),
+    lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 12),
+    lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda step: 1 / (1 + step)),
+])
+def test_schedulers_move_the_rates_of_both_kinds_of_groups(make):
+    model = net()
+    optimizer = PairOptimizer(model, lr=0.03, rest_lr=0.01)
+    scheduler, rates = make(optimizer), []
+    for i in range(8):
+        grads(model, i)
+        optimizer.step()
+        scheduler.step()
+        rates.append(tuple(group["lr"] for group in optimizer.param_groups))
+    assert len(set(rates)) > 4 and all(abs(a / b - 3) < 0.35 for a, b in rates)
+    assert all(p.isfinite().all() for p in model.parameters())
