@@ -28,6 +28,7 @@ from alr.linear import factorize_
 from alr.observe import Observer
 from alr.resize import GrowAlongGradient
 from alr.state import Reset
+from alr.tangent import Tangent
 
 STEPS, ROWS, D = 26, 32, 24
 ALR = replace(alr.recipes.alr, every=6, control=Budget(share=0.4, end=0.8, min_rank=2, per_parameter=True))
@@ -39,13 +40,17 @@ RECIPES = {
     "alr with SGD": replace(ALR, estimate=replace(ALR.estimate, steps=1), resize=replace(ALR.resize, steps=1)),
     "repaired": replace(alr.recipes.repaired, every=4, control=Bidirectional(min_rank=2, ema=0.0, threshold=1.0)),
     "v10": replace(alr.recipes.v10, every=4, control=Bidirectional(min_rank=2, ema=0.0, threshold=1.0)),
+    "alr, tangent": ALR,
+    "growing, tangent": UP,
     "growing": UP,
     "growing, reset": replace(UP, state=Reset(everything=False)),
     "growing along the gradient": replace(UP, resize=GrowAlongGradient(steps=3)),
     "shrinking": replace(UP, control=Schedule(((0, 8), (10, 5), (20, 3)))),
     "routed": ALR,
 }
-OPTIMIZERS = {"alr with SGD": lambda model: torch.optim.SGD(model.parameters(), 0.1, momentum=0.9),
+OPTIMIZERS = {**dict.fromkeys(("alr, tangent", "growing, tangent"),
+                              lambda model: alr.PairOptimizer(model, lr=0.02, rule=Tangent())),
+              "alr with SGD": lambda model: torch.optim.SGD(model.parameters(), 0.1, momentum=0.9),
               **dict.fromkeys(("alr with AdamW", "repaired", "growing, reset"),
                               lambda model: torch.optim.AdamW(model.parameters(), 3e-3))}
 
