@@ -1,4 +1,4 @@
-"""Laws of `alr.backward`: what is written by hand equals autograd, and what each way keeps is what it says."""
+"""Laws of `alr.history.op`: what is written by hand equals autograd, and what each way keeps is what it says."""
 
 import copy
 

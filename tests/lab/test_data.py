@@ -1,4 +1,4 @@
-"""Laws of `alr.data`: what a corpus is, where it comes from, and that batches are a function of the step."""
+"""Laws of `alr.lab.data`: what a corpus is, where it comes from, and that batches are a function of the step."""
 
 import hashlib
 import io

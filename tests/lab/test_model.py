@@ -1,4 +1,4 @@
-"""Laws of `alr.model`: the past does not see the future, attention is over time, parameters are what is there."""
+"""Laws of `alr.lab.model`: the past does not see the future, attention is over time, parameters are what is there."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Laws of `alr.train`: stopping is not losing, validation is whole and so is the log, bad input writes nothing."""
+"""Laws of `alr.lab`: stopping is not losing, validation is whole and so is the log, bad input writes nothing."""
 
 import json
 import multiprocessing
