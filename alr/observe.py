@@ -161,7 +161,9 @@ class Watched:
     def __call__(self, x: Tensor, U: Tensor, V: Tensor, bias: Tensor | None) -> Tensor:
         book = self.book
         h = F.linear(x, V)                                              # (..., r)
-        seen = h.requires_grad and book.rank == U.shape[1] and not _elsewhere()     # another rank: loaded since
+        seen = h.requires_grad and not _elsewhere()
+        if seen and book.H is not None and book.H.shape[1] != h.shape[-1]:     # of another rank: loaded since
+            seen = False
         if seen and book.measuring:
             h = _Look.apply(h, torch.ops.alr.book_importance, book.A, book.B, book.felt, book.count)
         elif seen and book.H is not None:
@@ -191,7 +193,6 @@ class Book:
     A: Tensor | None = None                 # (r, r): the directions that are measured
     B: Tensor | None = None                 # (r, r)
     measuring: bool = False
-    rank: int = 0                           # of the layer when the window was opened
     total: dict[str, Tensor] | None = None
 
     @classmethod
@@ -201,7 +202,7 @@ class Book:
             return torch.zeros(shape, device=layer.U.device, dtype=wide)
         book = cls(zeros(2), *((zeros(r, r), zeros(r, r)) if moments else (None, None)), None,
                    *((zeros(layer.out_features, layer.in_features), zeros(2)) if gradient else (None, None)))
-        book.total, book.rank = {name: torch.zeros_like(x) for name, x in book.pending().items()}, r
+        book.total = {name: torch.zeros_like(x) for name, x in book.pending().items()}
         return book
 
     def pending(self) -> dict[str, Tensor]:
