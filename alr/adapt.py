@@ -382,7 +382,7 @@ class RankAdapter:
     def _blind(self) -> bool:
         """Is there nothing to decide by, since the window before this decision was dropped?"""
         dropped = "window" in self._warned and self.observer is None and bool(self.recipe.observes)
-        return dropped and not self.recipe.control.finished(list(self.ranks.values()), self.memory, self._signal(self.steps))
+        return dropped and not self._finished(self.steps)
 
     def _out_of_order(self) -> None:
         grad = next(layer.U.grad for layer in self.layers.values() if layer.U.requires_grad)
@@ -396,8 +396,7 @@ class RankAdapter:
         if self.observer is not None or not r.observes or not self.layers:
             return
         due = r.next_due(self.steps)
-        if due is None or due - self.steps > r.window or r.control.finished(list(self.ranks.values()), self.memory,
-                                                                            self._signal(due)):
+        if due is None or due - self.steps > r.window or self._finished(due):
             return
         self.observe(due - self.steps)
 
@@ -413,6 +412,10 @@ class RankAdapter:
         return Signal([self.recipe.limit(layer) for layer in self.layers.values()], step, tuple(self.losses),
                       step / self.total_steps if self.total_steps else None, list(self.layers), self.shapes)
 
+    def _finished(self, step: int) -> bool:
+        """Can no rank move at that step, whatever is estimated?"""
+        return self.recipe.control.finished(list(self.ranks.values()), self.memory, self._signal(step))
+
     # ---------------------------------------------------------------- decisions
 
     @torch.no_grad()
@@ -427,7 +430,7 @@ class RankAdapter:
         self.check_held()
         ranks, signal = list(self.ranks.values()), self._signal(self.steps)
         if self.observer is None and self.recipe.observes:
-            if self.recipe.control.finished(ranks, self.memory, signal):
+            if self._finished(self.steps):
                 return []
             raise RuntimeError("RankAdapter: adapt() has nothing to go by: "
                                f"{' and '.join(type(axis).__name__ for axis in self.recipe.observes)} observes the model while "
@@ -462,7 +465,7 @@ class RankAdapter:
         if r.estimate.gradients and live and all(layer.U.grad is None and layer.V.grad is None for layer in live):
             raise ValueError(f"RankAdapter: {r.estimate!r} reads gradients, and no layer has one. Call adapter.step() after "
                              "backward and optimizer.step(), before the gradients are zeroed.")
-        unseen = set(self.layers) - set(seen) if r.observes and not r.control.finished(ranks, self.memory, signal) else set()
+        unseen = set(self.layers) - set(seen) if r.observes and not self._finished(self.steps) else set()
         held = self.frozen | self._bypassed(seen) | unseen
         targets = {name: at_rest(r.estimate, layer) if name in held else
                    r.estimate.for_layer(name)(layer, seen.get(name)) for name, layer in self.layers.items()}

@@ -125,7 +125,10 @@ class _Look(torch.autograd.Function):
 
 
 class _LookOut(torch.autograd.Function):
-    """The identity on a layer's output y; its backward books G from its input x."""
+    """The identity on a layer's output y; its backward books G from its input x.
+
+    Not one with `_Look`: torch.compile refuses a Function that is given the same tensor twice.
+    """
 
     @staticmethod
     def forward(ctx, y, x, *buffers):
@@ -329,17 +332,16 @@ class Observer:
         good = self._reduce(("H", "K", "count"))[0]
         if self.group.rank > 0:
             return {}
-        small = to_host([x for name, layer in self.layers.items()
-                         for x in (self.books[name].total["H"], self.books[name].total["K"], self.books[name].total["count"],
-                                   *grams(layer))])
+        return {name: (*directions(name, both, H, K), rows) for name, (H, K, rows, both) in self._moments(good).items()}
+
+    def _moments(self, good: float) -> dict[str, tuple]:
+        """{layer: (H, K, rows, Gram matrices)} of `good` steps, on the host by one copy."""
+        small = iter(to_host([x for name, layer in self.layers.items()
+                              for x in (*(self.books[name].total[key] for key in ("H", "K", "count")), *grams(layer))]))
         out = {}
-        for i, name in enumerate(self.layers):
-            H, K, count, Gu, Gv = small[5 * i:5 * i + 5]
-            try:
-                S, A, B = metric_of(Gu, Gv, H / count[0].clamp_min(1), K / max(good, 1))
-            except (FloatingPointError, torch.linalg.LinAlgError) as error:
-                raise FloatingPointError(f"layer {name!r}: {error}") from error
-            out[name] = (S, A, B, count[0].item())
+        for name in self.layers:
+            H, K, count, Gu, Gv = (next(small) for _ in range(5))
+            out[name] = (H / count[0].clamp_min(1), K / max(good, 1), count[0].item(), (Gu, Gv))
         return out
 
     def _reduce(self, names: Sequence[str]) -> tuple[float, float]:
@@ -366,21 +368,14 @@ class Observer:
             return {}
         if not self.needs - {"weight_gradient"}:
             return {name: Seen(round(good), 0.0, weight_gradient=book.total["G"]) for name, book in self.books.items()}
-        small = to_host([x for name, book in self.books.items() for x in (book.total["H"], book.total["K"], book.total["count"],
-                                                                          *grams(self.layers[name]))])
         out = {}
-        for i, (name, book) in enumerate(self.books.items()):
-            H, K, count, *both = small[5 * i:5 * i + 5]
-            H, K = H / count[0].clamp_min(1), K / max(good, 1)
+        for name, (H, K, rows, both) in self._moments(good).items():
             found = {}
             if "importance" in self.needs:
-                try:
-                    S, A, B = metric_of(*both, H, K)
-                except (FloatingPointError, torch.linalg.LinAlgError) as error:
-                    raise FloatingPointError(f"layer {name!r}: {error}") from error
+                S, A, B = directions(name, both, H, K)
                 found = {"importance": S.square() / 2, "A": A, "B": B}
-            out[name] = Seen(round(good), count[0].item() / max(good, 1), H, K, weight_gradient=book.total.get("G"),
-                             grams=tuple(both), **found)
+            out[name] = Seen(round(good), rows / max(good, 1), H, K, weight_gradient=self.books[name].total.get("G"),
+                             grams=both, **found)
         return out
 
     def _measured(self) -> dict[str, Seen]:
@@ -434,6 +429,14 @@ class Observer:
         self.__dict__.update(state)
         if self.open:
             self._install()
+
+
+def directions(name: str, both: tuple[Tensor, Tensor], H: Tensor, K: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`fisher.metric_of`; FloatingPointError names the layer."""
+    try:
+        return metric_of(*both, H, K)
+    except (FloatingPointError, torch.linalg.LinAlgError) as error:
+        raise FloatingPointError(f"layer {name!r}: {error}") from error
 
 
 def grams(layer: LowRankLinear) -> tuple[Tensor, Tensor]:
