@@ -20,7 +20,7 @@ class Config:
     """
 
     recipe: str | None = None           # what to do with ranks: a name, an expression, or "list"; v10 if not said
-    corpus: str = "pydoc"               # pydoc, wikitext-2, tinyshakespeare, or the path of a text file
+    corpus: str = "pydoc"               # pydoc, wikitext-2, tinyshakespeare, shakespeare, or the path of a text
     data_file: str | None = None        # a UTF-8 text file, instead of --corpus
     data_dir: str | None = None         # folder in which corpora are looked for first
     level: Literal["word", "char"] | None = None        # token = word or character; the corpus's own if not said
@@ -48,7 +48,7 @@ class Config:
     init_rank: int | float | None = None        # rank of every layer at the start, or (0.5) a share of its dense parameters
     min_rank: int | None = None         # least rank a controller may choose; the recipe's if not said
 
-    optimizer: Literal[NAMES] = "adamw"         # muon: on block matrices; pairs, tangent, lora-*: on factors
+    optimizer: Literal[NAMES] = "adamw"         # muon*: on block matrices; pairs, tangent, lora-*: on factors
     lr: float = 3e-4                    # learning rate (with muon and rules for pairs: of AdamW, on the rest)
     rest_lr: float | None = None        # of embeddings, head and norms, whatever the optimizer; --lr if not said
     muon_lr: float = 0.02               # learning rate of Muon
@@ -66,13 +66,14 @@ class Config:
     threads: int | None = None          # CPU threads; torch's choice if not said
     log_every: int = 50                 # optimizer steps between `step` lines of the log
     eval_tokens: int | None = None      # validation tokens per epoch; the whole split if not said, always at the end
+    end_tokens: int | None = None       # of each split that the losses at the end are over; the whole split if not said
     test: bool = True                   # --no-test: leave the test split alone at the end, as the sweeps do
 
     def __post_init__(self):
         if self.data_file is not None and self.corpus != "pydoc":
             raise ValueError(f"data_file {self.data_file} and corpus {self.corpus} are both given; leave one out.")
         for name in ("epochs", "steps_per_epoch", "batch_size", "block_size", "log_every", "min_rank", "threads",
-                     "eval_tokens"):
+                     "eval_tokens", "end_tokens"):
             value = getattr(self, name)
             if value is not None and (value != int(value) or value < 1):
                 raise ValueError(f"{name} is {value}; wanted a whole number of at least 1.")

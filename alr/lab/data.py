@@ -92,6 +92,7 @@ def corpus(name: str | os.PathLike, *, data_dir: str | os.PathLike | None = None
                      Words and punctuation.  About 90/5/5 by document, dealt by `seed`.
     wikitext-2       white-space tokens, official splits (Merity et al. 2016).
     tinyshakespeare  characters.  The first 90 % train, the last 10 % are validation as in nanoGPT; test is empty.
+    shakespeare      the same text with a test split: 85 % train, 5 % test, the last 10 % validation as above.
     a path           words and punctuation (white-space tokens where the name ends in .tokens).  `x.train.y` takes
                      `x.valid.y` and `x.test.y` beside it; a split without a file is cut from the end of x, 5 % each.
 

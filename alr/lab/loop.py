@@ -241,13 +241,15 @@ class Loop:
         self.lap("other")
 
     def final(self) -> tuple[float, float | None]:
-        """Whole-split losses: (validation, test or None)."""
-        run, limit = self.run, self.run.config.eval_tokens
+        """Losses over the splits, or as much of them as `end_tokens` says: (validation, test or None)."""
+        run, end = self.run, self.run.config.end_tokens
         self.lap("other")
-        whole = limit is None or limit >= len(self.valid) - 1
+        valid, test = (split if end is None else split[:end + 1] for split in (self.valid, self.test))
+        limit = run.config.eval_tokens
+        same = len(valid) == len(self.valid if limit is None else self.valid[:limit + 1])
         moved = run.recipe.when == "validated" and run.recipe.due(run.step)     # after the last validation
-        val = run.val_loss if whole and not moved else self.nats(self.valid)
-        test = self.nats(self.test) if run.config.test and len(self.test) > 1 else None
+        val = run.val_loss if same and not moved else self.nats(valid)
+        test = self.nats(test) if run.config.test and len(test) > 1 else None
         self.lap("evaluation")
         return val, test
 

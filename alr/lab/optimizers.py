@@ -16,6 +16,7 @@ from ..linear import low_rank_layers
 from ..optim import PairOptimizer
 from ..rules import LoRAMuon, Rule, Spectron
 from ..tangent import LoRATSD, Tangent
+from .muon import Muon
 
 if TYPE_CHECKING:
     from .config import Config
@@ -59,6 +60,10 @@ def _muon(c: Config, p: Parts) -> list[Optimizer]:
     return [torch.optim.Muon(groups(c, p, p.matrices, c.muon_lr)), torch.optim.AdamW(groups(c, p, p.rest), **p.fused)]
 
 
+def _muon_float32(c: Config, p: Parts) -> list[Optimizer]:
+    return [Muon(groups(c, p, p.matrices, c.muon_lr)), torch.optim.AdamW(groups(c, p, p.rest), **p.fused)]
+
+
 def _by_pairs(rule: Rule, scale: str) -> Callable[[Config, Parts], list[Optimizer]]:
     """PairOptimizer with this rule.  scale: adjust_lr_fn; Spectron's radius goes without, as its recorded runs did."""
     def make(c, p):
@@ -82,6 +87,7 @@ OPTIMIZERS = {
     "adam": Entry(_adam(torch.optim.Adam), "Adam on all"),
     "sgd": Entry(_sgd, "SGD with momentum on all", ("momentum",)),
     "muon": Entry(_muon, "Muon on the matrices of the blocks, AdamW on the rest", ("muon_lr",)),
+    "muon-float32": Entry(_muon_float32, "the same in float32, fast on a CPU, AdamW on the rest", ("muon_lr",)),
     "pairs": Entry(_by_pairs(Spectron(), "none"), "Spectron's rule on pairs of factors, AdamW on the rest", ("pairs_lr",)),
     "tangent": Entry(_by_pairs(Tangent(), "original"), "Muon on rank-r matrices, AdamW on the rest", ("pairs_lr",)),
     "lora-muon": Entry(_by_pairs(LoRAMuon(), "original"), "LoRA-Muon's rule on pairs, AdamW on the rest", ("pairs_lr",)),

@@ -49,7 +49,8 @@ SOURCES = {
         "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",), {
         "input.txt": "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"}),
 }
-NAMES = ("pydoc", *SOURCES)
+HELD = "shakespeare"                        # tinyshakespeare with a test split
+NAMES = ("pydoc", *SOURCES, HELD)
 
 
 def texts(name: str, data_dir: str | os.PathLike | None, seed: int, download: bool) -> tuple[str, dict[str, str], str, bool]:
@@ -58,6 +59,10 @@ def texts(name: str, data_dir: str | os.PathLike | None, seed: int, download: bo
         name = "wikitext-2"
     if name == "pydoc":
         return name, _deal(pydoc_documents(), seed), "word", False
+    if name == HELD:
+        text = _find_source("tinyshakespeare", _folders(data_dir), download)
+        cut = int(0.85 / 0.9 * len(text["train"]))                  # ours: the last 5 % of the whole that trained
+        return name, {"train": text["train"][:cut], "valid": text["valid"], "test": text["train"][cut:]}, "char", False
     if name in SOURCES:
         return name, _find_source(name, _folders(data_dir), download), SOURCES[name].level, name == "wikitext-2"
     path = _find_file(name, _folders(data_dir))

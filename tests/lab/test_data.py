@@ -368,6 +368,14 @@ def test_tinyshakespeare_is_cut_as_in_nanogpt():
     assert text.decode(text.train[:14]) == "First Citizen:" and text.describe()["unknown"]["valid"] == 0
 
 
+@needs["tinyshakespeare"]
+def test_shakespeare_is_the_same_text_with_a_tail_of_its_training_part_held_out():
+    whole, text = (corpus(name, data_dir=DATA, download=False) for name in ("tinyshakespeare", "shakespeare"))
+    assert text.tokens == {"train": 948_084, "valid": 111_540, "test": 55_770}
+    assert text.decode(text.train) + text.decode(text.test) == whole.decode(whole.train)
+    assert text.decode(text.valid) == whole.decode(whole.valid)
+
+
 # ---- bad input: one clear error each ----
 
 @pytest.mark.parametrize("raw, says", [

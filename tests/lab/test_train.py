@@ -110,6 +110,13 @@ def test_how_much_is_validated_changes_no_training_step(small):
     assert end["val_bpb"] == text.bits_per_byte(end["val_loss"])
     assert part.log[-2]["val_loss"] == evaluate(whole.model, text.valid[:21], 16, 4)
 
+    short = train(replace(small, end_tokens=30), quiet=True)
+    assert same(whole.model.state_dict(), short.model.state_dict())
+    assert short.log[-1]["val_loss"] == evaluate(whole.model, text.valid[:31], 16, 4) != end["val_loss"]
+    assert short.log[-1]["test_loss"] == evaluate(whole.model, text.test[:31], 16, 4)
+    both = train(replace(small, eval_tokens=30, end_tokens=30), quiet=True)
+    assert both.log[-1]["val_loss"] == both.log[-2]["val_loss"] == short.log[-1]["val_loss"]
+
 
 # ------------------------------------------------------------------------------------------------ the log
 
@@ -323,7 +330,8 @@ def test_bad_input_is_one_message_an_exit_code_and_no_file(small, tmp_path, monk
 
 @pytest.mark.parametrize("bad, words", [
     (dict(batch_size=0), "batch_size is 0"), (dict(schedule="linear"), "it is one of constant, cosine"),
-    (dict(eval_tokens=0), "eval_tokens is 0"), (dict(grad_clip=0.0), "grad_clip is 0.0"),
+    (dict(eval_tokens=0), "eval_tokens is 0"), (dict(end_tokens=0), "end_tokens is 0"),
+    (dict(grad_clip=0.0), "grad_clip is 0.0"),
     (dict(weight_decay=-1.0), "weight_decay is -1.0; wanted 0 or more")])
 def test_a_config_refuses_what_makes_no_sense(bad, words):
     with pytest.raises(ValueError, match=words):
@@ -405,7 +413,7 @@ def test_the_schedule_reaches_every_optimizer(small):
 
 @pytest.mark.parametrize("recipe, optimizer, blocks", [
     ("repaired", "adamw", 0.01), ("repaired", "sgd", 0.01), ("repaired", "muon", 0.02), ("repaired", "pairs", 0.03),
-    ("dense", "adamw", 0.01), ("dense", "muon", 0.02)])
+    ("dense", "adamw", 0.01), ("dense", "muon", 0.02), ("dense", "muon-float32", 0.02)])
 def test_embeddings_head_and_norms_have_a_rate_of_their_own(small, recipe, optimizer, blocks):
     ranks = {} if recipe == "repaired" else dict(init_rank=None, min_rank=None)
     config = replace(small, recipe=recipe, optimizer=optimizer, rest_lr=0.5, schedule="cosine", epochs=1, **ranks)
