@@ -6,6 +6,8 @@
 Prints value, interval and unit; the tooltip holds the claim, its verdict, the seeds and where the records lie. A key
 that is not in the register is a warning, and the book is built with warnings as errors. A page that uses the role is
 built again when the register changes. Without a data/claims.json every key is missing.
+
+The role {by}`key` says a difference in words, for prose: "4.0 nats per token lower". The interval is in the tooltip.
 """
 
 import json
@@ -30,8 +32,26 @@ def tooltip(claim: dict) -> str:
     return f"{claim['text'].rstrip('.')}. Verdict: {claim['verdict']}. {runs}. Records: {claim['source']}"
 
 
+def in_words(claim: dict) -> str:
+    """A difference as prose says it: '4.0 nats per token lower'; two digits, the sign as a word.
+
+    ValueError where the claim is no difference, or where its interval holds zero: then no word for its sign is true.
+    """
+    low, high = claim["low"], claim["high"]
+    if not str(claim.get("kind")).startswith("difference"):
+        raise ValueError(f"it is a {claim.get('kind')}, and only a difference is lower or higher; write {{val}}")
+    if low is None or low <= 0 <= high:
+        raise ValueError(f"its interval is [{low}, {high}], so neither lower nor higher is sure; write {{val}}")
+    words = f"{abs(claim['value']):#.2g}".rstrip(".") + f" {claim['unit']}"
+    return f"{words.strip()} {'lower' if claim['value'] < 0 else 'higher'}"
+
+
 class Val(SphinxRole):
     """Looks the key up each time a page is read; the file is small."""
+
+    def says(self, claim: dict) -> tuple[str, str]:
+        """What is printed of a claim, and what its tooltip says."""
+        return phrase(claim, unit=True), tooltip(claim)
 
     def run(self):
         path = Path(self.env.srcdir) / CLAIMS
@@ -44,10 +64,23 @@ class Val(SphinxRole):
             hint = f"did you mean {', '.join(near)}?" if near else f"it has {len(claims)} claims."
             logger.warning("val: no claim %r in %s; %s", key, CLAIMS, hint, location=self.get_location())
             return [nodes.problematic(self.rawtext, self.rawtext)], []
-        node = nodes.abbreviation(self.rawtext, phrase(claim, unit=True), explanation=tooltip(claim), classes=["val"])
+        try:
+            text, note = self.says(claim)
+        except ValueError as error:
+            logger.warning("by: claim %r cannot be said in words: %s.", key, error, location=self.get_location())
+            return [nodes.problematic(self.rawtext, self.rawtext)], []
+        node = nodes.abbreviation(self.rawtext, text, explanation=note, classes=["val"])
         return [node], []
+
+
+class By(Val):
+    """A difference in words; value and interval go to the tooltip."""
+
+    def says(self, claim: dict) -> tuple[str, str]:
+        return in_words(claim), f"{phrase(claim, unit=True)}. {tooltip(claim)}"
 
 
 def setup(app):
     app.add_role("val", Val())
+    app.add_role("by", By())
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
