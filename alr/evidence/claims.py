@@ -21,7 +21,7 @@ import pandas as pd
 from .metrics import METRICS
 from .paths import CLAIMS_JSON, CLAIMS_TOML, RUNS
 from .records import Runs, merge, one_per_seed, runs
-from .register import ClaimError, judge, load, named
+from .register import ClaimError, judge, load, named, no_difference
 from .stats import Interval, compare, mean
 
 # ------------------------------------------------------------------------------------------------ computing
@@ -79,7 +79,9 @@ def compute_one(key: str, claim: dict, suite: Runs | None) -> dict:
     else:
         found = _interval([side.tolist() for side in sides], claim)
         out |= {k: digits(v) for k, v in zip(("value", "low", "high"), found)} | {"n": found.n}
-    verdict = judge(out["low"], out["high"], claim["rule"], claim["threshold"], key) if "rule" in claim else "figure"
+    verdict = "figure"
+    if "rule" in claim:
+        verdict = judge(out["low"], out["high"], claim["rule"], claim["threshold"], key, no_difference(claim))
     return out | {"verdict": verdict, "note": "; ".join(notes)}
 
 

@@ -9,7 +9,8 @@ import html
 from collections.abc import Iterable
 
 VERDICTS = {                            # word -> (colour, tint): Okabe and Ito's; never colour without the word
-    "supported": ("#00734f", "#d5efe5"), "not supported": ("#a63f00", "#fbe3d3"), "undecided": ("#005a8f", "#d6eaf6"),
+    "holds": ("#00734f", "#d5efe5"), "fails its bar, gain decided": ("#7a5600", "#fbf0cf"), "fails": ("#a63f00", "#fbe3d3"),
+    "open": ("#005a8f", "#d6eaf6"),
     "figure": ("#444444", "#ececec"), "not recorded": ("#666666", "#f5f5f5"),
 }
 

@@ -24,7 +24,7 @@ from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
 
 from .claims import phrase
 from .markup import VERDICTS
-from .register import bounds
+from .register import OPEN, bounds
 from .stats import Interval, mean
 from .style import BLUE, DASHES, GREEN, GREY, INK, ORANGE, PURPLE, SKY, VERMILION, drawn, looks, unit
 
@@ -275,7 +275,7 @@ def forest(claims: Mapping[str, dict], title: str = "") -> Figure:
             if c["value"] is not None:
                 found = Interval(c["value"], c["low"], c["high"], c["n"])
                 ax.errorbar(found.value, y, xerr=found.bar, color=colour, marker="o", markersize=7, capsize=4,
-                            markerfacecolor=colour if c["verdict"] in ("supported", "not supported") else "white")
+                            markerfacecolor="white" if c["verdict"] == OPEN else colour)
             value = "" if c["value"] is None else f"{phrase(c)}\n"
             ax.text(1.02, y, f"{value}{c['verdict']}", color=colour, va="center", weight="bold", fontsize=9,
                     transform=ax.get_yaxis_transform())

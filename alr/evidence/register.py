@@ -26,6 +26,10 @@ from pathlib import Path
 from .paths import CLAIMS_TOML
 from .stats import METHODS
 
+HOLDS, FAILS, OPEN = "holds", "fails", "open"
+GAIN = "fails its bar, gain decided"    # the difference is smaller than the bar, and its sign is sure
+JUDGED = (HOLDS, GAIN, FAILS, OPEN)     # the verdicts, for tables and tallies
+
 NEEDED = {"text", "suite", "metric", "chapter", "unit"}
 OPTIONAL = {"arms", "single", "paired", "ratio", "rule", "threshold", "format", "interval", "with"}
 
@@ -86,11 +90,27 @@ def bounds(key: str, rule: str, threshold) -> tuple[float, float, bool]:
                      "'within' with a positive number t (for [-t, t]) or [low, high].")
 
 
-def judge(low: float | None, high: float | None, rule: str, threshold, key: str = "") -> str:
-    """supported when the whole interval obeys the rule, not supported when all of it breaks it, else undecided."""
+def judge(low: float | None, high: float | None, rule: str, threshold, key: str = "", null: float | None = None) -> str:
+    """The verdict: HOLDS when the whole interval obeys the rule, FAILS when all of it breaks it, else OPEN.
+
+    null: the value of no difference (0 for a difference, 1 for a ratio).  A bar may ask for more than a difference: where
+    the interval misses such a bar and still lies on the claimed side of null, the verdict is GAIN.  A rule "within", or a
+    value that is no comparison (null None), has no claimed side.
+    """
     a, b, closed = bounds(key, rule, threshold)
     if low is None or high is None:
-        return "undecided"
+        return OPEN
     if closed:
-        return "supported" if a <= low and high <= b else "not supported" if high < a or b < low else "undecided"
-    return "supported" if a < low and high < b else "not supported" if high <= a or b <= low else "undecided"
+        return HOLDS if a <= low and high <= b else FAILS if high < a or b < low else OPEN
+    if a < low and high < b:
+        return HOLDS
+    if b <= low:                                                    # all of it above the bar of "<"
+        return GAIN if null is not None and high < null else FAILS
+    if high <= a:                                                   # all of it below the bar of ">"
+        return GAIN if null is not None and low > null else FAILS
+    return OPEN
+
+
+def no_difference(claim: dict) -> float | None:
+    """The value of a claim that would mean no difference between its arms: 0, for a ratio 1, for one arm None."""
+    return None if "single" in claim else 1.0 if claim.get("ratio") else 0.0

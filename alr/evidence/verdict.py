@@ -2,7 +2,7 @@
 
     Verdict("Once ranks stabilise, the loss drops.", [Finding("no drop without it", gap, ">", 1.0)], 12, "data/runs/leak")
 
-The words come from `register.judge`: supported only when the whole interval obeys the rule.  No torch.
+The words come from `register.judge`: a finding holds only when the whole interval obeys the rule.  No torch.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .markup import Html, pill, tag
-from .register import judge
+from .register import FAILS, GAIN, HOLDS, OPEN, judge
 from .stats import Interval
 
 
@@ -25,10 +25,11 @@ class Finding:
     threshold: float | list[float]
     unit: str = ""
     format: str = ".2f"
+    null: float | None = None           # the value that means no difference, see `judge`; None: there is none
 
     @property
     def verdict(self) -> str:
-        return judge(self.value.low, self.value.high, self.rule, self.threshold, self.says)
+        return judge(self.value.low, self.value.high, self.rule, self.threshold, self.says, self.null)
 
     def __str__(self) -> str:
         """The sentence with its rule, value, interval and verdict."""
@@ -41,8 +42,11 @@ class Finding:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The box.  The verdict is that of its weakest finding: supported if all are, not supported if one is not, else
-    undecided.  ValueError without a finding."""
+    """The box.  It holds if all findings hold, and fails if one fails; where none fails and one is open, it is open.
+
+    A finding that fails its bar with a gain that is decided passes its verdict on where all others hold or are like it;
+    beside an open one the box fails.  ValueError without a finding.
+    """
 
     claim: str
     findings: Sequence[Finding]
@@ -56,7 +60,9 @@ class Verdict:
     @property
     def verdict(self) -> str:
         words = {finding.verdict for finding in self.findings}
-        return "not supported" if "not supported" in words else "undecided" if "undecided" in words else "supported"
+        if FAILS in words or {GAIN, OPEN} <= words:
+            return FAILS
+        return GAIN if GAIN in words else OPEN if OPEN in words else HOLDS
 
     def __str__(self) -> str:
         lines = [f"Claim: {self.claim}", *(f"  - {finding}" for finding in self.findings),

@@ -356,7 +356,7 @@ def test_the_scripts_that_name_a_server_are_taken_out(build):
 
 
 CLAIM = {"text": "It helps.", "value": -0.0651, "low": -0.0893, "high": -0.041, "unit": "nats", "n": 3,
-         "seeds": [0, 1, 2], "verdict": "supported", "source": "data/runs/x", "chapter": "16_alr", "format": ".3f"}
+         "seeds": [0, 1, 2], "verdict": "holds", "source": "data/runs/x", "chapter": "16_alr", "format": ".3f"}
 
 
 def test_val_prints_value_interval_and_unit(val):
@@ -364,7 +364,7 @@ def test_val_prints_value_interval_and_unit(val):
     assert val.phrase(CLAIM | {"format": ".1f", "unit": ""}, unit=True) == "−0.1 [−0.1, −0.0]"
     assert val.phrase(CLAIM | {"low": None, "high": None}, unit=True) == "−0.065 nats"
     assert val.phrase(CLAIM | {"value": None, "verdict": "not recorded"}) == "not recorded"
-    for word in ("It helps", "supported", "3 runs", "0, 1, 2", "data/runs/x"):
+    for word in ("It helps", "holds", "3 runs", "0, 1, 2", "data/runs/x"):
         assert word in val.tooltip(CLAIM)
 
 
@@ -384,7 +384,7 @@ def test_val_in_a_page(tmp_path):
     register = tmp_path / "data" / "claims.json"
     register.write_text(json.dumps({"gain": CLAIM}))
     page, warnings = sphinx(tmp_path, "Better by {val}`gain`.")
-    assert "−0.065 [−0.089, −0.041] nats</abbr>" in page and "Verdict: supported" in page and warnings == ""
+    assert "−0.065 [−0.089, −0.041] nats</abbr>" in page and "Verdict: holds" in page and warnings == ""
 
     register.write_text(json.dumps({"gain": CLAIM | {"value": -0.5}}))           # the page itself is unchanged
     page, warnings = sphinx(tmp_path, "Better by {val}`gain`.")

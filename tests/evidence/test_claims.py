@@ -13,6 +13,7 @@ from alr.evidence.claims import ClaimError, changes, compute, condition, dumps, 
 from alr.evidence.metrics import shrink_after_drop
 from alr.evidence.paths import ROOT
 from alr.evidence.records import tables
+from alr.evidence.register import GAIN
 
 from synthetic import log, suite, write
 
@@ -38,10 +39,10 @@ def one(root, **changed):                        # None takes a field away
 # --------------------------------------------------------------------------------------------------- verdicts
 
 @pytest.mark.parametrize("rule, threshold, verdict", [
-    ("<", 0.0, "supported"), ("<", -0.15, "supported"), ("<", -0.2, "undecided"), ("<", -0.25, "not supported"),
-    (">", 0.0, "not supported"), (">", -0.25, "supported"), (">", -0.2, "undecided"),
-    ("within", 0.25, "supported"), ("within", 0.2, "undecided"), ("within", 0.15, "not supported"),
-    ("within", [-0.22, -0.18], "supported"), ("within", [0.0, 0.1], "not supported")])
+    ("<", 0.0, "holds"), ("<", -0.15, "holds"), ("<", -0.2, "open"), ("<", -0.25, GAIN),
+    (">", 0.0, "fails"), (">", -0.25, "holds"), (">", -0.2, "open"),
+    ("within", 0.25, "holds"), ("within", 0.2, "open"), ("within", 0.15, "fails"),
+    ("within", [-0.22, -0.18], "holds"), ("within", [0.0, 0.1], "fails")])
 def test_the_verdict_on_a_known_difference(root, rule, threshold, verdict):
     c = one(root, rule=rule, threshold=threshold)
     diff = [a - b for a, b in zip(BETTER, WORSE)]                               # -0.21 -0.19 -0.20 -0.21
@@ -51,9 +52,27 @@ def test_the_verdict_on_a_known_difference(root, rule, threshold, verdict):
     assert c["verdict"] == verdict
 
 
+@pytest.mark.parametrize("low, high, rule, threshold, null, verdict", [
+    (-0.02, -0.01, "<", -0.03, 0.0, GAIN), (-0.02, 0.0, "<", -0.03, 0.0, "fails"), (-0.02, 0.01, "<", -0.03, 0.0, "fails"),
+    (0.01, 0.02, "<", -0.03, 0.0, "fails"), (-0.04, -0.01, "<", -0.03, 0.0, "open"), (-0.05, -0.04, "<", -0.03, 0.0, "holds"),
+    (0.01, 0.02, ">", 0.03, 0.0, GAIN), (-0.01, 0.02, ">", 0.03, 0.0, "fails"),
+    (0.7, 0.9, "<", 0.6, 1.0, GAIN), (0.7, 1.1, "<", 0.6, 1.0, "fails"),
+    (0.6, 0.7, "<", 0.5, 0.0, "fails"),                                 # a bar above zero: nothing was gained
+    (0.1, 0.2, "<", 0.0, 0.0, "fails"), (0.01, 0.02, ">", 0.03, None, "fails"), (0.1, 0.2, "within", 0.05, 0.0, "fails")])
+def test_a_missed_bar_says_whether_the_gain_is_decided(low, high, rule, threshold, null, verdict):
+    assert judge(low, high, rule, threshold, null=null) == verdict
+
+
+def test_a_difference_and_a_ratio_know_what_no_difference_is(root):
+    assert one(root, threshold=-0.3)["verdict"] == GAIN                 # 0.20 lower, less than the bar
+    assert one(root, ratio=True, threshold=0.9)["verdict"] == GAIN      # 0.953 times
+    assert one(root, arms=["worse", "better"], threshold=-0.3)["verdict"] == "fails"
+    assert one(root, arms=None, paired=None, single="better", rule=">", threshold=5)["verdict"] == "fails"
+
+
 def test_pairing_decides_what_the_seeds_would_hide(root):
     pairs, loose = one(root, threshold=-0.1), one(root, threshold=-0.1, paired=False)
-    assert pairs["value"] == loose["value"] and (pairs["verdict"], loose["verdict"]) == ("supported", "undecided")
+    assert pairs["value"] == loose["value"] and (pairs["verdict"], loose["verdict"]) == ("holds", "open")
 
 
 def test_arms_of_two_suites_are_compared_by_seed(root, tmp_path):
@@ -68,21 +87,21 @@ def test_arms_of_two_suites_are_compared_by_seed(root, tmp_path):
         one(tmp_path, suite=["a", "b"])
 
 
-def test_too_few_runs_are_undecided_whatever_the_value(root):
+def test_too_few_runs_are_open_whatever_the_value(root):
     for arms in (["lonely", "better"], ["better", "lonely"]):
         for paired in (True, False):
             c = one(root, arms=arms, paired=paired, rule="<", threshold=100)
-            assert (c["n"], c["low"], c["high"], c["verdict"]) == (1, None, None, "undecided")
-    assert one(root, arms=None, paired=None, single="lonely", rule=">", threshold=0)["verdict"] == "undecided"
+            assert (c["n"], c["low"], c["high"], c["verdict"]) == (1, None, None, "open")
+    assert one(root, arms=None, paired=None, single="lonely", rule=">", threshold=0)["verdict"] == "open"
 
 
-def test_no_difference_is_undecided_or_within(root):
+def test_no_difference_is_open_or_within(root):
     same = {"arms": ["better", "better"]}
-    assert one(root, **same)["verdict"] == "not supported"              # exactly 0 is not below 0, at every seed
-    assert one(root, **same, rule="within", threshold=0.01)["verdict"] == "supported"
-    assert judge(-0.1, 0.1, "<", 0) == judge(-0.1, 0.1, ">", 0) == judge(-0.1, 0.1, "within", 0.05) == "undecided"
-    assert judge(-0.1, 0.0, "<", 0) == "undecided" and judge(0.0, 0.1, "<", 0) == "not supported"
-    assert judge(-0.05, 0.05, "within", 0.05) == "supported" and judge(None, None, "<", 9) == "undecided"
+    assert one(root, **same)["verdict"] == "fails"              # exactly 0 is not below 0, at every seed
+    assert one(root, **same, rule="within", threshold=0.01)["verdict"] == "holds"
+    assert judge(-0.1, 0.1, "<", 0) == judge(-0.1, 0.1, ">", 0) == judge(-0.1, 0.1, "within", 0.05) == "open"
+    assert judge(-0.1, 0.0, "<", 0) == "open" and judge(0.0, 0.1, "<", 0) == "fails"
+    assert judge(-0.05, 0.05, "within", 0.05) == "holds" and judge(None, None, "<", 9) == "open"
 
 
 def test_one_arm_a_ratio_and_a_figure(root):
@@ -91,7 +110,7 @@ def test_one_arm_a_ratio_and_a_figure(root):
     r = one(root, ratio=True, rule="<", threshold=1)
     logs = sum(math.log(a / b) for a, b in zip(BETTER, WORSE)) / 4
     assert r["value"] == pytest.approx(math.exp(logs), rel=1e-5) and r["low"] < r["value"] < r["high"] < 1
-    assert r["verdict"] == "supported"
+    assert r["verdict"] == "holds"
     f = one(root, rule=None, threshold=None)
     assert f["verdict"] == "figure" and f["value"] == one(root)["value"] and condition(f) == ""
     assert one(root, interval="bootstrap")["low"] > one(root)["low"]    # too narrow, as its docstring says
@@ -111,10 +130,10 @@ def test_what_was_not_recorded_says_so(root):
     assert c["verdict"] == "not recorded" and "'wrose'; there are better, dense, lonely, worse" in c["note"]
 
 
-def test_a_diverged_run_leaves_the_claim_undecided(tmp_path):
+def test_a_diverged_run_leaves_the_claim_open(tmp_path):
     suite(tmp_path / "toy", {"better": [4.0, math.nan], "worse": [4.5, 4.6]})
     c = one(tmp_path)
-    assert c["value"] is None and c["verdict"] == "undecided" and c["note"] == "no finite val_loss: better at seed 1"
+    assert c["value"] is None and c["verdict"] == "open" and c["note"] == "no finite val_loss: better at seed 1"
     dumps({"key": c})                                                   # strict JSON: no NaN in it
 
 
@@ -141,7 +160,7 @@ def test_metrics_of_curves(tmp_path):
     assert value("lowest_of_suite", "dense") == value("best_val_loss")  # alr's, at the same seed
     c = one(tmp_path, arms=["alr", "dense"], metric="steps_to_loss", ratio=True, rule="<", threshold=0.9,
             **{"with": {"level": "dense"}})
-    assert c["verdict"] == "supported" and c["value"] == c["high"] == pytest.approx(5 / 6, abs=1e-6)
+    assert c["verdict"] == "holds" and c["value"] == c["high"] == pytest.approx(5 / 6, abs=1e-6)
     with pytest.raises(ClaimError, match="metric 'val_los' is neither.*steps_to_loss"):
         value("val_los")
     with pytest.raises(ClaimError, match="with = "):
@@ -232,7 +251,7 @@ def test_write_then_check_agrees_to_the_byte(project, capsys):
     assert main(["--check", *options]) == 0 and "3 claims agree" in capsys.readouterr().out
     written = json.loads(text)
     assert list(written) == ["better_than_worse", "loss_of_better", "later"]
-    assert [c["verdict"] for c in written.values()] == ["supported", "figure", "not recorded"]
+    assert [c["verdict"] for c in written.values()] == ["holds", "figure", "not recorded"]
     for c in written.values():
         assert set("text value low high unit n verdict source chapter format seeds".split()) <= c.keys()
         for x in (c["value"], c["low"], c["high"]):
@@ -268,7 +287,7 @@ def test_the_command_line_ends_with_one_sentence(project):
 
 # --------------------------------------------------------------------------------------------- tables, changes
 
-def entry(value, low=None, high=None, verdict="supported"):
+def entry(value, low=None, high=None, verdict="holds"):
     return {"text": "t", "value": value, "low": low, "high": high, "unit": "nats", "n": 3, "verdict": verdict,
             "source": "", "chapter": "c", "format": ".2f", "seeds": [0], "kind": "mean", "rule": "<", "threshold": 0,
             "note": ""}
@@ -277,7 +296,7 @@ def entry(value, low=None, high=None, verdict="supported"):
 def test_changes_are_those_that_left_the_old_interval():
     old = {"stays": entry(1, 0.5, 1.5), "leaves": entry(1, 0.5, 1.5), "turns": entry(1, 0.5, 1.5), "gone": entry(1),
            "bare": entry(1), "same": entry(1), "came": entry(None, verdict="not recorded"), "never": entry(None)}
-    new = {"stays": entry(1.4, 1, 2), "leaves": entry(1.6, 1, 2), "turns": entry(1, 0.5, 1.5, "undecided"),
+    new = {"stays": entry(1.4, 1, 2), "leaves": entry(1.6, 1, 2), "turns": entry(1, 0.5, 1.5, "open"),
            "bare": entry(2), "same": entry(1), "came": entry(1), "never": entry(None), "fresh": entry(1)}
     found = changes(old, new).set_index("key")["why"].to_dict()
     assert found == {"leaves": "left the old interval", "turns": "another verdict", "gone": "gone", "fresh": "new",

@@ -93,11 +93,11 @@ def test_the_register_has_a_row_a_claim_with_rule_value_and_verdict(root):
     found = compute({"figure": figure, "key": claim, "lost": claim | {"suite": "nothing"}}, root)
     page = pages.claims_table(found)
     chapter, first, lost, last = rows(page)
-    assert "99_none" in chapter and "alr &lt; v10." in first and "&lt; 0.5" in first and ">supported</span>" in first
+    assert "99_none" in chapter and "alr &lt; v10." in first and "&lt; 0.5" in first and ">holds</span>" in first
     assert "−0.180<br>" in first and "nats" in first and 'title="seeds 0, 1, 2"' in first
     assert ">not recorded</span>" in lost and "A figure." in last and ">figure</span>" in last
     words = re.sub("<[^>]*>", "", pages.tally(found))
-    assert words == "1&nbsp;supported &nbsp; 1&nbsp;not recorded"
+    assert words == "1&nbsp;holds &nbsp; 1&nbsp;not recorded"
 
 
 EVIL = """<img src=x onerror=alert(1)>&lt;b&gt;"'></td><script>alert(1)</script>"""
@@ -153,7 +153,7 @@ def test_whatever_a_record_a_register_or_a_suite_says_is_shown_as_text(evil):
              "chapter": EVIL, "format": "<>9.3f", "seeds": [EVIL], "kind": "mean", "rule": "<", "threshold": 0, "note": EVIL}
     there = runs("toy", evil)
     shown = [pages.claims_table({EVIL: claim}), pages.claims_table({EVIL: claim | {"value": None}}),
-             pages.tally({EVIL: claim | {"verdict": "supported"}}),
+             pages.tally({EVIL: claim | {"verdict": "holds"}}),
              pages.leaderboard(there, dense=f"{EVIL}0", about={f"{EVIL}1": EVIL}, waiting=[EVIL]),
              pages.provenance_footer(there, EVIL, root=evil), pages.suites({"toy": EVIL, EVIL: 1}, evil),
              pages.corpora(["toy"], evil), pages.bullets({EVIL: EVIL}),

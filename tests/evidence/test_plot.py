@@ -2,6 +2,8 @@
 
 import itertools
 import random
+import tomllib
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex, to_rgb
 
+from alr import recipes
 from alr.evidence import plot, style
 from alr.evidence.markup import VERDICTS
 from alr.evidence.records import runs
@@ -16,6 +19,7 @@ from alr.evidence.stats import mean
 
 from synthetic import suite
 
+SUITES = Path(__file__).resolve().parents[2] / "data" / "suites"
 LOSSES = {"dense": [4.2, 4.25, 4.22], "alr": [4.37, 4.33, 4.39], "v10": [4.54, 4.61, 4.5], "uniform": [4.45]}
 
 
@@ -34,8 +38,9 @@ def claim(verdict, value=None, low=None, high=None, rule="<", threshold=0.0, uni
             "rule": rule, "threshold": threshold, "note": ""} | more
 
 
-CLAIMS = {"a": claim("supported", -0.08, -0.12, -0.05), "b": claim("not supported", 0.11, 0.07, 0.16),
-          "c": claim("undecided", 0.5, unit="seconds"),
+CLAIMS = {"a": claim("holds", -0.08, -0.12, -0.05), "b": claim("fails", 0.11, 0.07, 0.16),
+          "f": claim("fails its bar, gain decided", -0.02, -0.03, -0.01, threshold=-0.05),
+          "c": claim("open", 0.5, unit="seconds"),
           "d": claim("not recorded", rule="within", threshold=[-0.1, 0.3]),
           "e": claim("figure", 4.4, 4.3, 4.5, rule=None, threshold=None, kind="mean")}
 FIGURES = {
@@ -130,35 +135,96 @@ def test_a_forest_says_every_verdict_and_value():
     words = [t.get_text() for ax in fig.axes for t in ax.texts]
     for c in CLAIMS.values():
         assert any(w.split("\n")[-1] == c["verdict"] for w in words)
-    assert "−0.080 [−0.120, −0.050]\nsupported" in words and len(fig.axes) == 3
+    assert "−0.080 [−0.120, −0.050]\nholds" in words and len(fig.axes) == 3
     colours = {t.get_text().split("\n")[-1]: t.get_color() for ax in fig.axes for t in ax.texts}
     assert colours == {word: VERDICTS[word][0] for word in colours} and set(colours) == set(VERDICTS)
 
 
-def contrast(a, b):
-    """WCAG 2.1 contrast ratio of two colours."""
-    def luminance(c):
-        rgb = np.array(to_rgb(c))
-        return np.where(rgb <= 0.03928, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4) @ [0.2126, 0.7152, 0.0722]
-    low, high = sorted((luminance(a), luminance(b)))
-    return (high + 0.05) / (low + 0.05)
-
-
 def test_words_can_be_read_and_lines_be_seen():
+    assert style.contrast("black", "white") == pytest.approx(21) and style.contrast("#777", "#777") == pytest.approx(1)
     for colour, tint in VERDICTS.values():
-        assert contrast(colour, tint) >= 4.5 and contrast(colour, "white") >= 4.5
-    assert contrast(style.INK, "white") > 12
-    assert all(contrast(c, "white") > 2 for c in {*style.FIXED.values(), *style.SPARE})
+        assert style.contrast(colour, tint) >= 4.5 and style.contrast(colour, "white") >= 4.5
+    assert style.contrast(style.INK, "white") > 12
+    for colour in {look["color"] for look in style.LOOKS.values()}:
+        assert style.contrast(colour, "white") >= 3, f"{colour} is too pale for a line on white"
+        assert style.contrast(style.ink(colour), "white") >= 4.5
+    assert style.ink(style.INK) == style.INK and to_hex(to_rgb(style.ink(style.BLUE))) == style.BLUE.lower()
 
 
-def test_looks_are_told_apart_and_stay():
-    names = ["dense", "uniform", "alr", *[f"v{i}" for i in (1, 2, 3, 4, 5, 5.1, 6, 7.1, 7.2, 7.3, 7.4, 7.5, 8, 9, 10)]]
+@pytest.mark.parametrize("name", FIGURES)
+def test_no_letter_is_smaller_than_8_px_in_the_page(r, name):
+    """The column of a page is 784 px wide, and a wider figure is shrunk to it."""
+    fig = FIGURES[name](r)
+    shrunk = min(1.0, 784 / (fig.get_figwidth() * style.STYLE["figure.dpi"]))
+    for text in fig.findobj(plt.Text):
+        if text.get_text() and text.get_visible():
+            pixels = text.get_fontsize() / 72 * style.STYLE["figure.dpi"] * shrunk
+            assert pixels >= 8, f"{text.get_text()!r} is {pixels:.1f} px"
+
+
+ARMS = {path.stem: [arm["name"] for arm in tomllib.loads(path.read_text())["arms"]] for path in SUITES.glob("*.toml")}
+DRAWN = ["v2, one threshold", "v3, told", "v5.1, trained on", "v7", "v7.2, cleared", "v9, ema=0", "fixed rank 16 without mask",
+         "energy share, 90 %", "Fisher importance", "reset", "transport", "baseline", *recipes.ALL]
+
+
+@pytest.mark.parametrize("suite", [*ARMS, "in chapters"])
+def test_every_arm_has_a_look_of_its_own(suite):
+    names = ARMS.get(suite, DRAWN)
     found = style.looks(names)
-    assert list(found)[-1] == "v10" and len(found) == 18
-    assert len({(x["color"], str(x["linestyle"])) for x in found.values()}) == 18
-    assert len({(x["color"], x["marker"]) for x in found.values()}) == 18
-    for name in ("dense", "alr", "v10", "uniform"):
-        assert style.looks([name])[name]["color"] == found[name]["color"]
+    assert set(found) == set(names)
+    assert len({tuple(map(str, look.values())) for look in found.values()}) == len(found), "two arms look the same"
+
+
+def test_a_look_depends_on_the_name_alone():
+    alone = {name: style.looks([name])[name] for arms in [*ARMS.values(), DRAWN] for name in arms}
+    for arms in ARMS.values():
+        assert style.looks(arms[::-1]) == {name: alone[name] for name in arms}
+    for family in ("dense", "alr", "v10", "uniform"):
+        base = style.looks([family])[family]
+        for rest in (", a new thing", " 2 x 74", " 2 x 74, Muon 0.02"):
+            look = style.looks([family + rest])[family + rest]
+            assert look["color"] == base["color"] and look["linestyle"] != base["linestyle"] != look["marker"]
+    assert style.looks(["v1"])["v1"]["color"] != style.looks(["v10"])["v10"]["color"]
+    layers = style.looks(["blocks.0.attn.q", "blocks.1.attn.q", "blocks.1.mlp.up"])
+    assert [look["color"] for look in layers.values()] == [style.BLUE, style.BLUE, style.GREEN]
+    assert layers["blocks.0.attn.q"]["linestyle"] != layers["blocks.1.attn.q"]["linestyle"]
+    assert list(style.looks(["v10", "v9", "v1"])) == ["v1", "v9", "v10"]
+
+
+@pytest.mark.parametrize("name", ["mine", "v11", "alrs", "dense2", ""])
+def test_an_unknown_name_has_no_look(name):
+    with pytest.raises(ValueError, match=f"{name!r} has no look. Append it to a row of style.KNOWN"):
+        style.looks(["dense", name])
+
+
+def test_names_stand_apart_in_their_order_and_near_their_lines():
+    rng = random.Random(1)
+    for _ in range(200):
+        n, gap = rng.randint(1, 12), 0.05
+        wanted = [rng.random() for _ in range(n)]
+        found = plot._apart(wanted, gap, 0.0, 1.0)
+        order = sorted(range(n), key=lambda i: wanted[i])
+        assert all(found[b] - found[a] >= gap - 1e-9 for a, b in itertools.pairwise(order))
+        assert min(found) >= -1e-9 and max(found) <= 1 + 1e-9
+        if all(wanted[b] - wanted[a] >= gap for a, b in itertools.pairwise(order)):
+            assert found == pytest.approx(wanted)
+    assert plot._apart([0.5, 0.5, 0.5], 0.1, 0.0, 1.0) == pytest.approx([0.4, 0.5, 0.6])
+    assert plot._apart([], 0.1, 0.0, 1.0) == []
+
+
+@pytest.mark.parametrize("draw", [lambda r: plot.losses(r.curves), lambda r: plot.pareto(r.ends),
+                                  lambda r: plot.rank_paths(r.of(run="v10.seed0").ranks)])
+def test_names_stand_beside_what_they_name(r, draw):
+    fig = draw(r)
+    FigureCanvasAgg(fig).draw()
+    ax, renderer = fig.axes[0], fig.canvas.get_renderer()
+    boxes = [text.get_window_extent(renderer) for text in ax.texts]
+    assert not fig.legends and len(ax.texts) >= 4
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+    assert all(box.x0 > ax.get_window_extent(renderer).x1 and box.x1 <= fig.bbox.x1 for box in boxes)
+    heights = {text.get_text().split(" (")[0]: text.get_position()[1] for text in ax.texts}
+    lines = {line.get_label().split(" (")[0]: line.get_ydata()[-1] for line in ax.get_lines() if line.get_label() in heights}
+    assert sorted(lines, key=lines.get) == [name for name in sorted(heights, key=heights.get) if name in lines]
 
 
 @pytest.mark.parametrize("draw, words", [
