@@ -3,8 +3,9 @@
     r = runs("evolution")
     losses(r.curves), pareto(r.ends), rank_map(r.of(arm="v10", seed=0).ranks), forest(claims.read())
 
-A figure is a white card with dark ink, the same in light and dark pages (`style`); an arm or a role has the same colour in
-all of them, and every axis names its unit.  Bands and bars are 95 % t intervals over seeds (`stats`); one seed has none.
+A figure is a white card with dark ink, the same in light and dark pages (`style`); an arm or a role has the same colour, dash
+and marker in all of them, names stand at the ends of lines and beside points, and every axis names its unit.  Bands and bars
+are 95 % t intervals over seeds (`stats`); one seed has none.
 Seaborn draws heat maps, points and lines with intervals; what it has no chart for is drawn by matplotlib.
 """
 
@@ -26,7 +27,7 @@ from .claims import phrase
 from .markup import VERDICTS
 from .register import OPEN, bounds
 from .stats import Interval, mean
-from .style import BLUE, DASHES, GREEN, GREY, INK, ORANGE, PURPLE, SKY, VERMILION, drawn, looks, unit
+from .style import BLUE, DASHES, GREEN, GREY, INK, ORANGE, PURPLE, SKY, VERMILION, drawn, ink, looks, unit
 
 
 def _some(table: pd.DataFrame, what: str) -> pd.DataFrame:
@@ -39,6 +40,45 @@ def _legend(fig, handles=None):
     """Beside the axes, never over the data."""
     handles = handles or fig.axes[0].get_legend_handles_labels()[0]
     fig.legend(handles=handles, loc="outside right upper")
+
+
+def _apart(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+    """Places as near to the wanted ones as can be, in their order, `gap` apart and within [low, high] if they fit there.
+
+    Places that would touch form a group around its mean, which is the least-squares answer.  O(n^2) at worst.
+    """
+    order, groups = sorted(range(len(wanted)), key=lambda i: wanted[i]), []
+    for i in order:
+        groups.append([wanted[i], [i]])                         # [middle, members]
+        while len(groups) > 1 and groups[-1][0] - groups[-2][0] < gap * (len(groups[-1][1]) + len(groups[-2][1])) / 2:
+            middle, members = groups.pop()
+            before = groups[-1]
+            n, m = len(before[1]), len(members)
+            groups[-1] = [(before[0] * n + middle * m) / (n + m), before[1] + members]
+        half = gap * (len(groups[-1][1]) - 1) / 2
+        groups[-1][0] = max(min(groups[-1][0], high - half), low + half)
+    out = [0.0] * len(wanted)
+    for middle, members in groups:
+        for k, i in enumerate(members):
+            out[i] = middle + gap * (k - (len(members) - 1) / 2)
+    for a, b in itertools.pairwise(order):                      # a group that was pushed from an edge pushes its neighbours
+        out[b] = max(out[b], out[a] + gap)
+    over = out[order[-1]] - high if order else 0.0
+    return [at - over for at in out] if over > 0 else out
+
+
+def name_ends(ax, ends: Mapping[str, tuple[float, float, dict]], size: float = 9) -> None:
+    """Names to the right of the axes, each at the height of its line's end or its point, with a thin line to it.
+
+    ends: name -> (x, y, look), in data; limits and scales of the axes have to be set already.  size: points.
+    """
+    places = [ax.transAxes.inverted().transform(ax.transData.transform((x, y))) for x, y, _ in ends.values()]
+    tall = 72 * ax.figure.get_figheight() * 0.75                # the axes' height in points, before the layout is known
+    heights = _apart([float(y) for _, y in places], 1.25 * size / tall, 0.0, 1.0)
+    for (name, (_, _, look)), (x, y), height in zip(ends.items(), places, heights):
+        ax.plot([x, 1.02, 1.04], [y, height, height], transform=ax.transAxes, color=look["color"], linewidth=0.7, alpha=0.6,
+                clip_on=False, zorder=1, label="_to its name")
+        ax.text(1.05, height, name, transform=ax.transAxes, color=ink(look["color"]), fontsize=size, va="center")
 
 
 def _interval(values) -> tuple[float, float]:
@@ -55,6 +95,10 @@ def _band(ax, table, x, y, look, label):
 
 # --------------------------------------------------------------------------------------------------- curves
 
+def _seeds(n: int) -> str:
+    return f"{n} seed{'s' if n > 1 else ''}"
+
+
 @drawn
 def losses(curves: pd.DataFrame, y: str = "val_loss", x: str = "step", title: str = "") -> Figure:
     """A line per arm: the mean over seeds with its interval, every seed as a thin line.  x: step, epoch or seconds.
@@ -63,17 +107,22 @@ def losses(curves: pd.DataFrame, y: str = "val_loss", x: str = "step", title: st
     """
     labels = {"xlabel": unit(x), "ylabel": unit(y)}
     fig, ax = plt.subplots(figsize=(7.6, 4))
-    for arm, look in looks(_some(curves, "curves")["arm"]).items():
+    seeds, ends = _some(curves, "curves").groupby("arm")["run"].nunique(), {}
+    for arm, look in looks(curves["arm"]).items():
         runs = curves[curves["arm"] == arm]
         sns.lineplot(runs, x=x, y=y, units="run", estimator=None, ax=ax, color=look["color"], legend=False,
                      linewidth=0.6, alpha=0.45)
-        n = runs["run"].nunique()
         middle = runs.assign(**{x: runs.groupby("epoch")[x].transform("mean")})     # seconds differ from seed to seed
-        _band(ax, middle, x, y, look, f"{arm} ({n} seed{'s' * (n > 1)})")
+        _band(ax, middle, x, y, look, f"{arm} ({_seeds(seeds[arm])})")
+        last = middle[middle["epoch"] == middle["epoch"].max()]
+        name = arm if seeds.nunique() == 1 else f"{arm} ({_seeds(seeds[arm])})"
+        ends[name] = (last[x].mean(), last[y].mean(), look)
     low, high = curves[y].min(), curves[y].max()
     ax.set_ylim(low - 0.06 * (high - low or 1), high + 0.06 * (high - low or 1))
     ax.set(**labels, title=title)
-    _legend(fig)
+    if seeds.nunique() == 1:
+        ax.set_title(f"{_seeds(seeds.iloc[0])} each", loc="right", fontsize=9)
+    name_ends(ax, ends)
     return fig
 
 
@@ -129,17 +178,18 @@ def _one_run(ranks: pd.DataFrame) -> pd.DataFrame:
 def rank_paths(ranks: pd.DataFrame, title: str = "") -> Figure:
     """The rank of every layer of one run over its epochs, coloured by role; the mean of each role is the thick line."""
     fig, ax = plt.subplots(figsize=(7.6, 4))
-    look = looks(_one_run(ranks)["role"])
+    look, ends = looks(_one_run(ranks)["role"]), {}
     for role in dict.fromkeys(ranks["role"]):
         of_role, colour = ranks[ranks["role"] == role], look[role]["color"]
         for _, layer in of_role.groupby("layer"):
             ax.plot(layer["epoch"], layer["rank"], color=colour, linewidth=0.7, alpha=0.5)
         middle = of_role.groupby("epoch")["rank"].mean()
         ax.plot(middle.index, middle, color=colour, linestyle=look[role]["linestyle"], linewidth=2.4, label=role)
+        ends[role] = (middle.index[-1], middle.iloc[-1], look[role])
     ax.set(xlabel=unit("epoch"), ylabel=unit("rank"), title=title)
     ax.set_ylim(bottom=0)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _legend(fig)
+    name_ends(ax, ends)
     return fig
 
 
@@ -185,14 +235,15 @@ def spectrum(values: Mapping[str, Sequence[float]], estimates: Mapping[str, floa
     Each matrix is scaled by its largest value; zeros have no place on the logarithmic axis and are left out.
     """
     fig, ax = plt.subplots(figsize=(7.6, 3.8))
-    for (name, s), style in zip(values.items(), looks(values).values()):
+    hues = [BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY]        # by place: matrices and readings have names of their own
+    for i, (name, s) in enumerate(values.items()):
         s = np.sort(np.asarray(s, dtype=float))[::-1]                                           # (r,)
         if not len(s) or s[0] <= 0:
             raise ValueError(f"plot: the spectrum of {name!r} has no value above 0.")
-        ax.plot(np.arange(1, len(s) + 1)[s > 0], s[s > 0] / s[0], color=INK if len(values) == 1 else style["color"],
+        ax.plot(np.arange(1, len(s) + 1)[s > 0], s[s > 0] / s[0], color=INK if len(values) == 1 else hues[i % 6],
                 marker=".", markersize=4, linewidth=1.2, label=name)
     for i, (name, k) in enumerate(estimates.items()):
-        ax.axvline(k, color=[BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY][i % 6], linestyle=DASHES[1 + i % 4],
+        ax.axvline(k, color=hues[i % 6], linestyle=DASHES[1 + i % 4],
                    linewidth=1.6, label=f"{name}: {k:.1f}")
     ax.set(xlabel="singular value (index, largest first)", ylabel="size (share of the largest)", title=title)
     ax.set_yscale("log")
@@ -220,11 +271,12 @@ def pareto(ends: pd.DataFrame, x: str = "params_blocks", y: str = "val_loss", ti
     labels = {"xlabel": unit(x), "ylabel": unit(y)}
     fig, ax = plt.subplots(figsize=(7.6, 4.4))
     look, means = looks(_some(ends, "finished runs")["arm"]), []
+    seeds = ends.groupby("arm")["run"].nunique()
     for arm, style in look.items():
         mx, my = (mean(ends.loc[ends["arm"] == arm, c]) for c in (x, y))
         means.append((mx.value, my.value))
         ax.errorbar(mx.value, my.value, my.bar, mx.bar, color=style["color"], marker=style["marker"], markersize=7,
-                    capsize=3, linestyle="none", elinewidth=1, label=f"{arm} ({mx.n} seed{'s' * (mx.n > 1)})")
+                    capsize=3, linestyle="none", elinewidth=1, label=f"{arm} ({_seeds(mx.n)})")
     lost = [arm for arm, point in zip(look, means) if not np.isfinite(point).all()]
     if lost:
         raise ValueError(f"plot: {x} or {y} is missing for {', '.join(lost)}.")
@@ -237,7 +289,10 @@ def pareto(ends: pd.DataFrame, x: str = "params_blocks", y: str = "val_loss", ti
     ax.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 6, 8) if narrow else (1, 2, 5), numticks=30))
     ax.xaxis.set_major_formatter(EngFormatter(sep="\N{THIN SPACE}"))
     ax.xaxis.set_minor_locator(NullLocator())
-    _legend(fig)
+    same = seeds.nunique() == 1
+    ax.set_title("dashed: the front" + (f"; {_seeds(seeds.iloc[0])} each" if same else ""), loc="right", fontsize=9)
+    name_ends(ax, {arm if same else f"{arm} ({_seeds(seeds[arm])})": (*point, look[arm])
+                   for arm, point in zip(look, means)})
     return fig
 
 
