@@ -91,7 +91,8 @@ def configuration() -> dict:
 def stage(profile: str) -> None:
     """Fill _build/src anew."""
     shutil.rmtree(SRC, ignore_errors=True)
-    tools = shutil.ignore_patterns("__pycache__", "build.py", "notebooks.py", "offline.py", "env.sh")
+    tools = shutil.ignore_patterns("__pycache__", "build.py", "figures.py", "notebooks.py", "offline.py",
+                                   "env.sh")
     shutil.copytree(ROOT / "book", SRC, ignore=tools)
     if (ROOT / "data").is_dir():
         shutil.copytree(ROOT / "data", SRC / "data", ignore=shutil.ignore_patterns("cache"))
