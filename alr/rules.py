@@ -194,12 +194,12 @@ def buckets(sides: Sequence[Tensor]) -> list[list[int]]:
 def alike(pairs: Sequence[Pair]) -> list[list[Pair]]:
     """Pairs that are worked on together: of one shape, device and dtype, and of like rank.
 
-    On the CPU of equal rank: padding costs there, and a pair by itself costs nothing more.
+    On the CPU in narrower stretches: padding costs more there, and calls less.
     """
     found: dict[tuple, list[Pair]] = {}
     for pair in pairs:
         (m, r), n, device = pair.U.shape, pair.V.shape[1], pair.U.device
-        like = r if device.type == "cpu" else -(-r // BUCKET)
+        like = -(-r // (BUCKET // 2 if device.type == "cpu" else BUCKET))
         found.setdefault((m, n, like, device, pair.U.dtype), []).append(pair)
     return list(found.values())
 

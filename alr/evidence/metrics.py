@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 
+import pandas as pd
+
 from .records import Runs
 
 
@@ -88,6 +90,39 @@ def adaptation_share(run: Runs, suite: Runs) -> float:
     return float(end["seconds_adaptation"] / end["seconds_training"])
 
 
+def over_best(run: Runs, suite: Runs, others: list[str], metric: str = "test_loss") -> float:
+    """This run's number less that of the best of other arms at the same seed.
+
+    The best is the arm with the lowest mean validation loss over all of its seeds, so the test split chooses nothing.
+    """
+    ends = suite.ends[suite.ends["arm"].isin(others)]
+    means = ends.groupby("arm")["val_loss"].mean()
+    return _own(run, metric) - _of(ends, others, means.idxmin() if len(means) else "", _seed(run), metric)
+
+
+def over_median(run: Runs, suite: Runs, others: list[str], metric: str = "test_loss") -> float:
+    """This run's number less the median of other arms at the same seed: what a shape costs that nobody has searched for."""
+    ends, seed = suite.ends[suite.ends["arm"].isin(others)], _seed(run)
+    return _own(run, metric) - float(pd.Series([_of(ends, others, arm, seed, metric) for arm in others]).median())
+
+
+def _seed(run: Runs) -> int:
+    return int(run.ends["seed"].iloc[0])
+
+
+def _own(run: Runs, metric: str) -> float:
+    return float(run.ends[metric].iloc[0])
+
+
+def _of(ends: pd.DataFrame, others: list[str], arm: str, seed: int, metric: str) -> float:
+    """ValueError, naming the arm, where it has no run at this seed."""
+    found = ends.loc[(ends["arm"] == arm) & (ends["seed"] == seed), metric]
+    if len(found) != 1:
+        missing = sorted(set(others) - set(ends.loc[ends["seed"] == seed, "arm"]))
+        raise ValueError(f"{', '.join(missing) or arm}: {len(found)} runs at seed {seed}; wanted one of each of {others}.")
+    return float(found.iloc[0])
+
+
 METRICS = {f.__name__: f for f in (steps_to_loss, seconds_to_loss, best_val_loss, val_loss_at, role_rank, role_gap,
                                    mean_rank_at, shrink_after_drop, lowest_of_suite, growth_moves,
-                                   adaptation_share)}
+                                   adaptation_share, over_best, over_median)}
