@@ -18,6 +18,7 @@ from pathlib import Path
 import nbformat
 import yaml
 
+from lean import lean
 from offline import complete
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -88,11 +89,15 @@ def configuration() -> dict:
     return config
 
 
+def tools(folder: str, names: list[str]) -> set[str]:
+    """What of book/ is no part of the book: the programs on its first level, and caches everywhere."""
+    top = Path(folder) == ROOT / "book"
+    return {name for name in names if name == "__pycache__" or top and name.endswith((".py", ".sh"))}
+
+
 def stage(profile: str) -> None:
     """Fill _build/src anew."""
     shutil.rmtree(SRC, ignore_errors=True)
-    tools = shutil.ignore_patterns("__pycache__", "build.py", "figures.py", "notebooks.py", "offline.py",
-                                   "env.sh")
     shutil.copytree(ROOT / "book", SRC, ignore=tools)
     if (ROOT / "data").is_dir():
         shutil.copytree(ROOT / "data", SRC / "data", ignore=shutil.ignore_patterns("cache"))
@@ -150,6 +155,7 @@ def html(profile: str) -> None:
     """_build/html, and say which file to open."""
     stage(profile)
     folder = jupyter_book("html")
+    lean(folder)
     complete(folder)
     print(f"\nThe book is built. Open this file in a browser:\n\n    {folder / 'index.html'}\n")
 

@@ -63,10 +63,15 @@ def missing(page: str, folder: Path) -> list[str]:
     return [url for url in local if not (folder / url.split("#")[0].split("?")[0]).exists()]
 
 
+def pages(folder: Path) -> list[Path]:
+    """The HTML pages of a built book, in the order of their names; without the theme's templates."""
+    return sorted(set(folder.rglob("*.html")) - set(folder.rglob("_static/**/*.html")))
+
+
 def complete(folder: Path) -> None:
     """Stop unless every page in a built book needs nothing but the files beside it."""
     complaints = []
-    for path in sorted(set(folder.rglob("*.html")) - set(folder.rglob("_static/*.html"))):       # those are templates
+    for path in pages(folder):
         page = path.read_text(encoding="utf8")
         complaints += [f"{path.relative_to(folder)} fetches {url}" for url in fetched_from_afar(page)]
         complaints += [f"{path.relative_to(folder)} misses {url}" for url in missing(page, path.parent)]

@@ -11,12 +11,14 @@ from importlib import metadata
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
 import yaml
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -44,6 +46,11 @@ def build():
 @pytest.fixture(scope="module")
 def offline():
     return load("book/offline.py")
+
+
+@pytest.fixture(scope="module")
+def lean():
+    return load("book/lean.py")
 
 
 @pytest.fixture(scope="module")
@@ -301,10 +308,10 @@ def test_every_page_is_in_the_table_of_contents(build):
 
 
 def test_the_table_of_contents_loses_what_is_not_there(build):
-    kept = build.present(toc(), lambda page: page in ("intro", "evolution", "notebooks/10_v10", "notebooks/16_alr"))
-    assert build.pages(kept) == ["intro", "evolution", "notebooks/10_v10"]       # 16_alr is below a page that is gone
+    kept = build.present(toc(), lambda page: page in ("intro", "evolution", "notebooks/09_v9", "notebooks/16_alr"))
+    assert build.pages(kept) == ["intro", "evolution", "notebooks/09_v9"]        # 16_alr is below a page that is gone
     assert build.present(toc(), lambda page: True) == toc()
-    assert build.childless(kept) == ["notebooks/10_v10"]
+    assert build.childless(kept) == ["notebooks/09_v9"]
 
 
 def test_links_to_chapters_that_are_not_there_become_words(build):
@@ -353,6 +360,67 @@ def test_the_scripts_that_name_a_server_are_taken_out(build):
     thebe = '\n<script>const THEBE_JS_URL = "https://unpkg.com/thebe@0.8.2/lib/index.js"</script>'
     thebe += '\n<script async="async" src="_static/sphinx-thebe.js?v=1"></script>'
     assert build.without_thebe(keep + thebe) == keep
+
+
+def test_programs_of_the_book_are_not_staged(build):
+    names = ["build.py", "env.sh", "intro.md", "__pycache__"]
+    assert build.tools(ROOT / "book", names) == {"build.py", "env.sh", "__pycache__"}
+    assert build.tools(ROOT / "book" / "_ext", ["val.py", "__pycache__"]) == {"__pycache__"}
+
+
+# ---------------------------------------------------------------- the weight of a page
+
+ICONS = 'var p={moon:[384,512,[127769,9214],"f186","M223"],"magnifying-glass":[512,512,[128269,"search"],"f002",["a","b"]],' \
+        '"star-of-life":[1,1,[],"f621","M0"]};var q={0:[320,512,[],"30","M0"]};done()'
+
+
+def test_icons_that_no_page_shows_leave(lean):
+    used = lean.icons_used(['<i class="fa-solid fa-moon"></i>', "x='fas fa-search'"])
+    assert {"moon", "search"} <= used
+    assert lean.fewer_icons(ICONS, used) == (
+        'var p={moon:[384,512,[127769,9214],"f186","M223"],"magnifying-glass":[512,512,[128269,"search"],"f002",["a","b"]],};'
+        'var q={};done()')
+    assert lean.fewer_icons(ICONS, {"star-of-life", "0"}).count("M0") == 2
+    with pytest.raises(ValueError, match="its form has changed"):
+        lean.fewer_icons("icons = new Map()", used)
+
+
+def test_parts_of_mathjax_that_no_page_loads_leave(lean, tmp_path):
+    asked = yaml.safe_load((ROOT / "book" / "_config.yml").read_text(encoding="utf8"))["sphinx"]["config"]["mathjax3_config"]
+    kept = {f"{part}.js" for part in asked["loader"]["load"]} | {"startup.js", "output/chtml/fonts/woff-v2/Main.woff"}
+    for name in [*kept, "tex-svg.js", "sre/mathmaps/de.js", "output/svg/fonts/tex.js", "input/tex-full.js"]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    lean.fewer_mathjax(tmp_path)
+    assert {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()} == kept
+    assert not (tmp_path / "sre").exists()
+
+
+def test_fewer_colours_change_no_pixel_that_one_sees(lean, tmp_path):
+    rng = np.random.default_rng(0)
+    picture = np.full((60, 80, 3), 255, np.uint8)
+    picture[10:50, 10:70] = rng.integers(0, 4, (40, 60, 1)) * np.array([[[60, 20, 5]]])
+    Image.fromarray(picture).save(tmp_path / "a.png", dpi=(120, 120))
+    lean.fewer_colours(tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as small:
+        assert small.mode == "P" and round(small.info["dpi"][0]) == 120
+        assert np.abs(np.asarray(small.convert("RGB")).astype(int) - picture).max() <= 4
+    clear = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
+    clear.save(tmp_path / "b.png")
+    before = (tmp_path / "b.png").read_bytes()
+    lean.fewer_colours(tmp_path / "b.png")
+    assert (tmp_path / "b.png").read_bytes() == before
+
+
+def test_a_page_weighs_what_it_loads(lean, tmp_path):
+    (tmp_path / "mathjax").mkdir()
+    (tmp_path / "mathjax" / "startup.js").write_text("x" * 100)
+    (tmp_path / "a.png").write_bytes(b"y" * 1000)
+    page = tmp_path / "a.html"
+    page.write_text('<img src="a.png?v=1" alt=""><img src="a.png" alt=""><script src="mathjax/startup.js"></script>')
+    assert lean.weight(page, mathjax=5000) == page.stat().st_size + 1000 + 100 + 5000
+    page.write_text('<a href="a.png">a link weighs nothing</a>')
+    assert lean.weight(page, mathjax=5000) == page.stat().st_size
 
 
 CLAIM = {"text": "It helps.", "value": -0.0651, "low": -0.0893, "high": -0.041, "unit": "nats", "n": 3,
