@@ -21,8 +21,8 @@ import pandas as pd
 from .metrics import METRICS
 from .paths import CLAIMS_JSON, CLAIMS_TOML, RUNS
 from .records import Runs, merge, one_per_seed, runs
-from .register import ClaimError, judge, load, named, no_difference
-from .stats import Interval, compare, mean
+from .register import OPEN, ClaimError, bar, bounds, judge, load, named, no_difference
+from .stats import Interval, compare, mean, p_value
 
 # ------------------------------------------------------------------------------------------------ computing
 
@@ -52,7 +52,7 @@ def compute_one(key: str, claim: dict, suite: Runs | None) -> dict:
     """One entry of claims.json: what was claimed, what the records say, and the verdict.  suite None: not recorded."""
     kind = "mean" if "single" in claim else "ratio of means" if claim.get("ratio") else "difference of means"
     source = ", ".join(f"data/runs/{name}" for name in named(claim))
-    out = {"text": claim["text"], "value": None, "low": None, "high": None, "unit": claim["unit"], "n": 0,
+    out = {"text": claim["text"], "value": None, "low": None, "high": None, "unit": claim["unit"], "n": 0, "p": None,
            "verdict": "not recorded", "source": source, "chapter": claim["chapter"], "format": claim.get("format", ".3f"),
            "seeds": [], "kind": kind,
            "rule": claim.get("rule"), "threshold": claim.get("threshold"), "note": ""}
@@ -79,9 +79,13 @@ def compute_one(key: str, claim: dict, suite: Runs | None) -> dict:
     else:
         found = _interval([side.tolist() for side in sides], claim)
         out |= {k: digits(v) for k, v in zip(("value", "low", "high"), found)} | {"n": found.n}
+        if "rule" in claim and claim.get("interval", "t") == "t":
+            out["p"] = digits(_p([side.tolist() for side in sides], claim))
     verdict = "figure"
     if "rule" in claim:
         verdict = judge(out["low"], out["high"], claim["rule"], claim["threshold"], key, no_difference(claim))
+        if verdict == OPEN and out["low"] is not None:
+            notes += _wide(out["low"], out["high"], claim)
     return out | {"verdict": verdict, "note": "; ".join(notes)}
 
 
@@ -93,6 +97,25 @@ def _interval(sides, claim) -> Interval:
         return compare(*sides, paired=claim["paired"], method=method)
     logs = compare(*([math.log(x) for x in side] for side in sides), paired=claim["paired"], method=method)
     return Interval(*(None if x is None else math.exp(x) for x in logs[:3]), logs.n)
+
+
+def _wide(low: float, high: float, claim: dict) -> list[str]:
+    """What to say of an open claim whose interval turned out wider than its bar is high."""
+    if claim.get("ratio"):
+        low, high = math.log(low), math.log(high)
+    half, needed = (high - low) / 2, bar(claim)
+    return [f"cannot be decided at this n: half width {half:.2g}, bar {needed:.2g}"] * (0 < needed < half)
+
+
+def _p(sides, claim) -> float | None:
+    """How sure the claim is (see `stats.p_value`), from the values of its one or two arms."""
+    ends = bounds("", claim["rule"], claim["threshold"])[:2]
+    if claim.get("ratio"):
+        sides = [[math.log(x) for x in side] for side in sides]
+        ends = tuple(math.log(x) if x > 0 else -math.inf for x in ends)
+    if claim.get("paired"):
+        sides = [[a - b for a, b in zip(*sides, strict=True)]]
+    return p_value(sides[0], sides[1] if len(sides) > 1 else None, *ends)
 
 
 def _source(folder, used, arms) -> str:

@@ -23,7 +23,7 @@ from .claims import condition, phrase, read
 from .markup import BR, DASH, GAP, VERDICTS, Html, join, pill, tag
 from .paths import NOTEBOOKS, RUNS
 from .records import Runs, natural, one_per_seed, runs
-from .stats import Interval, compare, mean
+from .stats import Interval, benjamini_hochberg, compare, holm, mean
 
 NOTHING = "not recorded yet"
 
@@ -104,6 +104,21 @@ def tally(claims: Mapping[str, dict] | None = None) -> Html:
     count = {v: sum(c["verdict"] == v for c in claims.values() if c["rule"]) for v in VERDICTS}
     words = [join([n, GAP, pill(v)]) for v, n in count.items() if n]
     return tag("div", join(words, Html(" &nbsp; ")), class_="alr-html alr-tally")
+
+
+def together(claims: Mapping[str, dict] | None = None, level: float = 0.05) -> dict[str, int]:
+    """What is left of the claims that hold when all are asked at once: counts, by name.
+
+    tested: claims with a rule and a t test (`stats.p_value`).  hold: those of them that hold one by one, at `level`.
+    Holm: those that hold when not even one of all may do so by chance, but with a chance of `level`.
+    Benjamini-Hochberg: those that hold when a share of `level` of them is expected to do so by chance.
+    """
+    claims = read() if claims is None else claims
+    p = [c["p"] for c in claims.values() if c.get("p") is not None]
+    if not p:
+        return {"tested": 0, "hold": 0, "Holm": 0, "Benjamini-Hochberg": 0}
+    return {"tested": len(p), "hold": sum(x < level for x in p), "Holm": int((holm(p) < level).sum()),
+            "Benjamini-Hochberg": int((benjamini_hochberg(p) < level).sum())}
 
 
 # ------------------------------------------------------------------------------------------------ leaderboard

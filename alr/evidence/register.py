@@ -13,6 +13,11 @@ An entry; the rule and its threshold are fixed before the runs:
     chapter = "14_does_adaptivity_pay"
     unit = "nats per token"
 
+    sd = 0.012                          # of one difference (of its logarithm, for a ratio), from an earlier suite
+    n = 5                               # seeds per arm that are planned
+
+sd and n are given together: `load` refuses a claim whose interval is expected to be wider than its bar is high (see `bar`).
+
 Optional: format = ".3f";  interval = "bootstrap";  ratio = true (a / b instead of a - b, by logarithms);
 with = {level = 4.5} (arguments of the metric's function).
 """
@@ -24,14 +29,14 @@ import tomllib
 from pathlib import Path
 
 from .paths import CLAIMS_TOML
-from .stats import METHODS
+from .stats import METHODS, half_width
 
 HOLDS, FAILS, OPEN = "holds", "fails", "open"
 GAIN = "fails its bar, gain decided"    # the difference is smaller than the bar, and its sign is sure
 JUDGED = (HOLDS, GAIN, FAILS, OPEN)     # the verdicts, for tables and tallies
 
 NEEDED = {"text", "suite", "metric", "chapter", "unit"}
-OPTIONAL = {"arms", "single", "paired", "ratio", "rule", "threshold", "format", "interval", "with"}
+OPTIONAL = {"arms", "single", "paired", "ratio", "rule", "threshold", "format", "interval", "with", "sd", "n"}
 
 
 class ClaimError(ValueError):
@@ -63,6 +68,7 @@ def load(path: str | Path = CLAIMS_TOML) -> dict[str, dict]:
             raise ClaimError(f"{path}, claim {key}: a rule needs its threshold, and a threshold its rule.")
         if "rule" in claim:
             bounds(key, claim["rule"], claim["threshold"])
+        _power(path, key, claim)
         try:
             format(1.0, claim.get("format", ".3f"))
         except (ValueError, TypeError):
@@ -88,6 +94,36 @@ def bounds(key: str, rule: str, threshold) -> tuple[float, float, bool]:
         return (*pair, True)
     raise ClaimError(f"claim {key}: rule {rule!r} with threshold {threshold!r}; wanted '<' or '>' with a number, or "
                      "'within' with a positive number t (for [-t, t]) or [low, high].")
+
+
+def bar(claim: dict) -> float:
+    """How far from no difference the threshold lies: its distance from 0, for a ratio that of its logarithm from 0; for
+    "within" the distance of the nearer end.  A bar of 0 asks for a sign alone.
+
+    A claim with a bar cannot be decided when the half width of its interval is larger than the bar: an effect that small
+    is not told from none.
+    """
+    ends = [x for x in bounds("", claim["rule"], claim["threshold"])[:2] if math.isfinite(x)]
+    if claim.get("ratio"):
+        ends = [math.log(x) if x > 0 else math.inf for x in ends]
+    return min(map(abs, ends))
+
+
+def _power(path, key: str, claim: dict) -> None:
+    """ClaimError where sd and n are not there together, or promise an interval that is wider than the bar is high."""
+    if not {"sd", "n"} & claim.keys():
+        return
+    sd, n = claim.get("sd"), claim.get("n")
+    if not ("rule" in claim and isinstance(sd, (int, float)) and sd > 0 and isinstance(n, int) and n >= 2):
+        raise ClaimError(f"{path}, claim {key}: sd = {sd!r} and n = {n!r}; wanted both, a positive standard deviation of "
+                         "one difference and two seeds or more, in a claim with a rule.")
+    needed = bar(claim)
+    if needed and half_width(sd, n) > needed:
+        enough = next((k for k in range(n, 1000) if half_width(sd, k) <= needed), None)
+        plan = f"n = {enough}" if enough else "a threshold further away"
+        raise ClaimError(f"{path}, claim {key}: {n} seeds with sd = {sd:g} give an interval of half width "
+                         f"{half_width(sd, n):.3g}, wider than the bar of {needed:.3g} is high: such runs cannot decide it. "
+                         f"Wanted {plan}, or threshold = {'1' if claim.get('ratio') else '0'}.")
 
 
 def judge(low: float | None, high: float | None, rule: str, threshold, key: str = "", null: float | None = None) -> str:

@@ -37,8 +37,10 @@ class Interval(NamedTuple):
         return [None if x is None else format(x * scale, form).replace("-", "\N{MINUS SIGN}") for x in self[:3]]
 
     def text(self, form: str) -> str:
-        """The value with its interval in one format: '4.430 [4.401, 4.459]'; the value alone where it has none."""
+        """The value with its interval in one format, '4.430 [4.401, 4.459]'; without one where it has none."""
         value, low, high = self.words(form)
+        if self.low is not None and self.low == self.high:              # equal numbers have no spread, hence no interval
+            return f"{value} in each of {self.n} runs"
         return value if low is None else f"{value} [{low}, {high}]"
 
 
@@ -87,6 +89,45 @@ def permutation(table: Sequence[Sequence[float]], draws: int = 10_000) -> tuple[
     found = stats.permutation_test(list(columns), spread, permutation_type="samples", alternative="greater",
                                    n_resamples=draws, rng=np.random.default_rng(0))
     return float(found.statistic), float(found.pvalue)
+
+
+def half_width(sd: float, n: int, level: float = 0.95) -> float:
+    """Half of the width that a t interval of n values with standard deviation sd has: quantile times sd / sqrt(n)."""
+    return float(stats.t.ppf((1 + level) / 2, n - 1)) * sd / math.sqrt(n)
+
+
+def p_value(a: Sequence[float], b: Sequence[float] | None, low: float, high: float) -> float | None:
+    """1 less the level of the widest t interval of mean(a), or of mean(a) - mean(b), that stays within (low, high).
+
+    Below 0.05 exactly where the 95 % interval obeys the rule; 1 where the value itself breaks it.  With two finite ends
+    these are two one-sided tests (Schuirmann 1987), with one it is a t test against that end, two-sided.  b given: Welch's
+    test.  None where a test has nothing to go by: fewer than two values, or no spread.
+    """
+    sides = [np.asarray(x, dtype=float) for x in (a, b) if x is not None]
+    if min(map(len, sides)) < 2 or not all(np.isfinite(x).all() for x in sides) or not sum(x.var() for x in sides):
+        return None
+
+    def beyond(end, alternative):
+        if not math.isfinite(end):
+            return 0.0
+        if b is None:
+            return float(stats.ttest_1samp(sides[0], end, alternative=alternative).pvalue)
+        return float(stats.ttest_ind(sides[0] - end, sides[1], equal_var=False, alternative=alternative).pvalue)
+
+    return min(1.0, 2 * max(beyond(low, "greater"), beyond(high, "less")))
+
+
+def holm(p: Sequence[float]) -> np.ndarray:
+    """Holm's (1979) adjusted p-values, in the order given: that any below 0.05 is wrong happens once in twenty.  -> (n,)"""
+    p = np.asarray(p, dtype=float)                                  # (n,)
+    order = np.argsort(p, kind="stable")
+    steps = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
+    return np.minimum(1.0, steps)[np.argsort(order, kind="stable")]
+
+
+def benjamini_hochberg(p: Sequence[float]) -> np.ndarray:
+    """Benjamini and Hochberg's (1995) adjusted p-values: of those below 0.05 one in twenty may be wrong.  -> (n,)"""
+    return stats.false_discovery_control(p, method="bh")
 
 
 def _average(x: np.ndarray) -> float:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from scipy.stats import ttest_1samp, ttest_ind
 
 from alr.evidence import claims
 from alr.evidence.claims import ClaimError, changes, compute, condition, dumps, judge, load, main, phrase
@@ -19,6 +20,7 @@ from synthetic import log, suite, write
 
 BETTER = [4.10, 4.32, 4.21, 4.05]               # 0.20 below WORSE at every seed, give or take 0.01
 WORSE = [4.31, 4.51, 4.41, 4.26]
+DIFF = [a - b for a, b in zip(BETTER, WORSE)]
 LONELY = [4.9]
 CLAIM = {"text": "A sentence.", "suite": "toy", "metric": "val_loss", "arms": ["better", "worse"], "paired": True,
          "rule": "<", "threshold": 0.0, "chapter": "14", "unit": "nats"}
@@ -54,7 +56,8 @@ def test_the_verdict_on_a_known_difference(root, rule, threshold, verdict):
 
 @pytest.mark.parametrize("low, high, rule, threshold, null, verdict", [
     (-0.02, -0.01, "<", -0.03, 0.0, GAIN), (-0.02, 0.0, "<", -0.03, 0.0, "fails"), (-0.02, 0.01, "<", -0.03, 0.0, "fails"),
-    (0.01, 0.02, "<", -0.03, 0.0, "fails"), (-0.04, -0.01, "<", -0.03, 0.0, "open"), (-0.05, -0.04, "<", -0.03, 0.0, "holds"),
+    (0.01, 0.02, "<", -0.03, 0.0, "fails"), (-0.04, -0.01, "<", -0.03, 0.0, "open"),
+    (-0.05, -0.04, "<", -0.03, 0.0, "holds"),
     (0.01, 0.02, ">", 0.03, 0.0, GAIN), (-0.01, 0.02, ">", 0.03, 0.0, "fails"),
     (0.7, 0.9, "<", 0.6, 1.0, GAIN), (0.7, 1.1, "<", 0.6, 1.0, "fails"),
     (0.6, 0.7, "<", 0.5, 0.0, "fails"),                                 # a bar above zero: nothing was gained
@@ -68,6 +71,45 @@ def test_a_difference_and_a_ratio_know_what_no_difference_is(root):
     assert one(root, ratio=True, threshold=0.9)["verdict"] == GAIN      # 0.953 times
     assert one(root, arms=["worse", "better"], threshold=-0.3)["verdict"] == "fails"
     assert one(root, arms=None, paired=None, single="better", rule=">", threshold=5)["verdict"] == "fails"
+
+
+@pytest.mark.parametrize("changed, p", [
+    ({}, ttest_1samp(DIFF, 0).pvalue), ({"threshold": -0.19}, ttest_1samp(DIFF, -0.19).pvalue),
+    ({"rule": ">"}, 1.0), ({"paired": False}, ttest_ind(BETTER, WORSE, equal_var=False).pvalue),
+    ({"rule": "within", "threshold": 0.25}, 2 * ttest_1samp(DIFF, -0.25, alternative="greater").pvalue),
+    ({"ratio": True, "threshold": 1}, ttest_1samp([math.log(a / b) for a, b in zip(BETTER, WORSE)], 0).pvalue),
+    ({"rule": None, "threshold": None}, None), ({"interval": "bootstrap"}, None), ({"arms": ["better", "better"]}, None)])
+def test_a_claim_says_how_sure_it_is(root, changed, p):
+    found = one(root, **changed)
+    assert found["p"] == (None if p is None else pytest.approx(p, rel=1e-5))
+    assert found["p"] is None or (found["p"] < 0.05) == (found["verdict"] == "holds")
+
+
+def test_an_open_claim_says_that_its_bar_is_too_small_for_its_seeds(root):
+    found = one(root, rule="<", threshold=-0.01, arms=["dense", "worse"])               # two seeds, -0.31 and -0.41
+    assert found["verdict"] == "open" and found["note"] == ("unpaired seeds left out: 2, 3; "
+                                                            "cannot be decided at this n: half width 0.64, bar 0.01")
+    assert "cannot" not in one(root, rule="<", threshold=-0.2)["note"]                  # open, and narrow enough
+    assert "cannot" not in one(root, rule="<", threshold=0.0, arms=["dense", "worse"])["note"]
+    assert "cannot" not in one(root, rule=">", threshold=-0.001)["note"]                # decided all the same
+
+
+@pytest.mark.parametrize("changed, refused", [
+    ({"sd": 0.02, "n": 3}, "half width 0.0497, wider than the bar of 0.03 is high.*Wanted n = 5, or threshold = 0"),
+    ({"sd": 0.02, "n": 5}, None), ({"sd": 0.02, "n": 3, "threshold": 0.0}, None),
+    ({"sd": 0.02, "n": 3, "rule": "within", "threshold": [-0.03, 0.5]}, "bar of 0.03"),
+    ({"sd": 0.02, "n": 3, "ratio": True, "threshold": 0.97}, "bar of 0.0305.*threshold = 1"),
+    ({"sd": 0.02}, "n = None; wanted both"), ({"n": 3}, "sd = None"), ({"sd": 0.02, "n": 1}, "two seeds or more"),
+    ({"sd": -1, "n": 3}, "positive"), ({"sd": 0.02, "n": 3, "rule": None, "threshold": None}, "with a rule")])
+def test_a_bar_that_the_planned_seeds_cannot_reach_is_refused(tmp_path, changed, refused):
+    claim = {k: v for k, v in {**CLAIM, "threshold": -0.03, **changed}.items() if v is not None}
+    path = tmp_path / "claims.toml"
+    path.write_text("[key]\n" + "".join(f"{k} = {json.dumps(v)}\n" for k, v in claim.items()), encoding="utf-8")
+    if refused is None:
+        assert list(load(path)) == ["key"]
+    else:
+        with pytest.raises(ClaimError, match=refused):
+            load(path)
 
 
 def test_pairing_decides_what_the_seeds_would_hide(root):

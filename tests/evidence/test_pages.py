@@ -100,6 +100,12 @@ def test_the_register_has_a_row_a_claim_with_rule_value_and_verdict(root):
     assert words == "1&nbsp;holds &nbsp; 1&nbsp;not recorded"
 
 
+def test_what_is_left_of_many_claims():
+    claims = {str(i): {"p": p} for i, p in enumerate([0.04, 0.01, 0.03, 0.005, None])}
+    assert pages.together(claims) == {"tested": 4, "hold": 4, "Holm": 2, "Benjamini-Hochberg": 4}
+    assert pages.together({"a": {"p": None}}) == {"tested": 0, "hold": 0, "Holm": 0, "Benjamini-Hochberg": 0}
+
+
 EVIL = """<img src=x onerror=alert(1)>&lt;b&gt;"'></td><script>alert(1)</script>"""
 OURS = {"a", "b", "br", "code", "div", "em", "li", "p", "span", "table", "tbody", "td", "th", "thead", "tr", "ul"}
 

@@ -23,6 +23,11 @@ def test_intervals_of_known_samples():
     assert stats.compare([1.0, 2.0], [3.0], paired=False) == (-1.5, None, None, 1)
 
 
+def test_equal_runs_are_no_interval_in_words():
+    assert stats.mean([0.0, 0.0, 0.0]).text(".2f") == "0.00 in each of 3 runs"
+    assert stats.mean([1.0]).text(".1f") == "1.0" and stats.mean([1.0, 2.0]).text(".0f") == "2 [−5, 8]"
+
+
 def test_what_has_no_interval_is_refused():
     with pytest.raises(ValueError):
         stats.compare([1.0, 2.0], [3.0], paired=True)
@@ -41,6 +46,38 @@ def test_intervals_are_those_of_scipys_tests(level):
         one, two = ttest_1samp(a, 0), ttest_ind(a, b, equal_var=False)
         assert stats.mean(a, level=level)[1:3] == pytest.approx(tuple(one.confidence_interval(level)))
         assert stats.compare(a, b, False, level=level)[1:3] == pytest.approx(tuple(two.confidence_interval(level)))
+
+
+def test_a_half_width_is_that_of_the_interval():
+    x = [1.0, 2.0, 4.0]
+    m = stats.mean(x)
+    assert stats.half_width(np.std(x, ddof=1), 3) == pytest.approx(m.high - m.value)
+
+
+@pytest.mark.parametrize("b", [None, [1.1, 0.9, 1.2, 0.7]])
+def test_p_is_below_5_percent_exactly_where_the_interval_obeys(b):
+    a = [2.0, 2.3, 1.9, 2.1, 2.2]
+    found = stats.mean(a) if b is None else stats.compare(a, b, paired=False)
+    for by in (-1e-6, 1e-6):                                                    # a bar just inside, just outside
+        assert (stats.p_value(a, b, found.low + by, math.inf) < 0.05) == (by < 0)
+        assert (stats.p_value(a, b, -math.inf, found.high + by) < 0.05) == (by > 0)
+        assert (stats.p_value(a, b, found.value - 9, found.high + by) < 0.05) == (by > 0)
+    assert stats.p_value(a, b, found.value + 0.01, math.inf) == 1.0             # the value itself breaks the rule
+    assert stats.p_value(a, b, found.low + 0.1, found.high + 9) > 0.05          # one end of two is enough
+
+
+def test_p_of_nothing_to_go_by_is_none():
+    assert stats.p_value([1.0], None, 0, 9) is None and stats.p_value([1.0, 1.0], None, 0, 9) is None
+    assert stats.p_value([1.0, math.nan], None, 0, 9) is None
+
+
+def test_holm_and_benjamini_hochberg_by_hand():
+    p = [0.04, 0.01, 0.03, 0.005]
+    # Holm, ascending: 4 x .005, 3 x .01, 2 x .03, 1 x .04 -> .02 .03 .06 .06 (never falling)
+    assert stats.holm(p) == pytest.approx([0.06, 0.03, 0.06, 0.02])
+    # Benjamini-Hochberg, descending: 4/4 x .04, 4/3 x .03, 4/2 x .01, 4/1 x .005 -> .04 .04 .02 .02
+    assert stats.benjamini_hochberg(p) == pytest.approx([0.04, 0.02, 0.04, 0.02])
+    assert stats.holm([0.9, 0.8]) == pytest.approx([1.0, 1.0])
 
 
 def test_95_percent_is_95_percent():
