@@ -436,14 +436,16 @@ def test_val_prints_value_interval_and_unit(val):
         assert word in val.tooltip(CLAIM)
 
 
-def sphinx(folder: Path, text: str):
+def sphinx(folder: Path, text: str, builder: str = "html"):
     """Build one page with the role -> (its HTML, the warnings)."""
     from sphinx.application import Sphinx
+    from sphinx.util.docutils import docutils_namespace
     conf = f"import sys; sys.path.insert(0, {str(ROOT / 'book' / '_ext')!r})\nextensions = ['val', 'myst_parser']\n"
     folder.joinpath("conf.py").write_text(conf + "html_theme = 'basic'\n")
     folder.joinpath("index.md").write_text(f"# Page\n\n{text}\n")
     warnings = io.StringIO()
-    Sphinx(folder, folder, folder / "out", folder / "doctrees", "html", status=None, warning=warnings).build()
+    with docutils_namespace():                                                  # nothing is registered twice
+        Sphinx(folder, folder, folder / "out", folder / "doctrees", builder, status=None, warning=warnings).build()
     return (folder / "out" / "index.html").read_text(encoding="utf8"), warnings.getvalue()
 
 
@@ -453,10 +455,24 @@ def test_val_in_a_page(tmp_path):
     register.write_text(json.dumps({"gain": CLAIM}))
     page, warnings = sphinx(tmp_path, "Better by {val}`gain`.")
     assert "−0.065 [−0.089, −0.041] nats</abbr>" in page and "Verdict: holds" in page and warnings == ""
+    assert 'tabindex="0"' in page, "without a page of claims, the keyboard reaches the tooltip all the same"
 
     register.write_text(json.dumps({"gain": CLAIM | {"value": -0.5}}))           # the page itself is unchanged
     page, warnings = sphinx(tmp_path, "Better by {val}`gain`.")
     assert "−0.500" in page, "a page has to be built again when the register changes"
+
+
+@pytest.mark.parametrize("builder, target", [("html", "notebooks/claims.html#claim-gain"), ("singlehtml", "#claim-gain")])
+def test_a_number_is_a_link_to_its_claim(tmp_path, builder, target):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "claims.json").write_text(json.dumps({"gain": CLAIM}))
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "notebooks" / "claims.md").write_text("# Claims\n\nHere as well: {val}`gain`.\n")
+    page, warnings = sphinx(tmp_path, "Better by {val}`gain`.\n\n```{toctree}\nnotebooks/claims\n```", builder)
+    link = re.search(r'<a class="val" href="([^"]*)" title="([^"]*)">([^<]*)</a>', page)
+    assert warnings == "" and link[1] == target and link[3] == "−0.065 [−0.089, −0.041] nats" and "Verdict: holds" in link[2]
+    if builder == "html":
+        assert 'href="#claim-gain"' in (tmp_path / "out" / "notebooks" / "claims.html").read_text(encoding="utf8")
 
 
 @pytest.mark.parametrize("register", [None, "{}", json.dumps({"gains": CLAIM})])
