@@ -3,7 +3,8 @@
     The repaired method ends {val}`alr-vs-uniform` below a uniform rank.
     -> The repaired method ends 0.065 [0.041, 0.089] nats below a uniform rank.
 
-Prints value, interval and unit; the tooltip holds the claim, its verdict, the seeds and where the records lie. A key
+Prints value, interval and unit, as a link to the claim's row on the page of claims; its tooltip, shown to mouse and keyboard
+and read by screen readers, holds the claim, its verdict, the seeds and where the records lie. A key
 that is not in the register is a warning, and the book is built with warnings as errors. A page that uses the role is
 built again when the register changes. Without a data/claims.json every key is missing.
 
@@ -21,6 +22,7 @@ from sphinx.util.docutils import SphinxRole
 from alr.evidence.claims import phrase
 
 CLAIMS = "data/claims.json"                # below the folder of the staged pages, as it is below the repository's
+PAGE = "notebooks/claims"                  # the page that has a row with the id claim-KEY for every claim
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +48,25 @@ def in_words(claim: dict) -> str:
     return f"{words.strip()} {'lower' if claim['value'] < 0 else 'higher'}"
 
 
+class ClaimLink(nodes.Inline, nodes.TextElement):
+    """A number with attributes key and note; where it leads is known when a page is written."""
+
+
+def visit(self, node):
+    """An <a> to the claim's row; where the book has no page of claims, an <abbr> that the keyboard can reach."""
+    builder, note = self.builder, node["note"]
+    node["tag"] = "a" if PAGE in builder.env.found_docs else "abbr"
+    where = {"tabindex": "0"}
+    if node["tag"] == "a":                                          # a book on one page has its rows on that page
+        page = "" if builder.name == "singlehtml" else builder.get_relative_uri(builder.current_docname, PAGE)
+        where = {"href": f"{page}#claim-{node['key']}"}
+    self.body.append(self.starttag(node, node["tag"], "", CLASS="val", title=note, **where))
+
+
+def depart(self, node):
+    self.body.append(f"</{node['tag']}>")
+
+
 class Val(SphinxRole):
     """Looks the key up each time a page is read; the file is small."""
 
@@ -69,8 +90,7 @@ class Val(SphinxRole):
         except ValueError as error:
             logger.warning("by: claim %r cannot be said in words: %s.", key, error, location=self.get_location())
             return [nodes.problematic(self.rawtext, self.rawtext)], []
-        node = nodes.abbreviation(self.rawtext, text, explanation=note, classes=["val"])
-        return [node], []
+        return [ClaimLink(self.rawtext, text, key=key, note=note)], []
 
 
 class By(Val):
@@ -81,6 +101,7 @@ class By(Val):
 
 
 def setup(app):
+    app.add_node(ClaimLink, html=(visit, depart))
     app.add_role("val", Val())
     app.add_role("by", By())
-    return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
+    return {"version": "2", "parallel_read_safe": True, "parallel_write_safe": True}
