@@ -92,3 +92,18 @@ def test_more_than_half_of_the_steps_change_at_most_three_answers():
     moved = [sum(axis in step for axis in AXES) + ("gradient" in step or "op" in step) for step in steps]
     assert sum(n <= 3 for n in moved) > len(moved) / 2
     assert "at most three of the answers" in text("evolution")
+
+
+def test_the_row_of_the_budget_recipe_is_the_recipe():
+    row = next(line for line in text("related").splitlines() if line.startswith("| the {term}`budget recipe`"))
+    assert recipes.alr.every == 50 and "every 50 steps" in row
+    assert recipes.alr.control.end == 0.8 and "four fifths" in row
+
+
+# ---------------------------------------------------------------- sources
+
+def test_every_source_is_cited_somewhere_and_every_citation_has_a_source():
+    pages = [path.read_text(encoding="utf8") for path in [*BOOK.glob("*.md"), *(ROOT / "notebooks").glob("*.ipynb")]]
+    cited = {key.strip() for page in pages for keys in re.findall(r"\{cite\}`([^`]+)`", page) for key in keys.split(",")}
+    known = set(re.findall(r"^@\w+\{(\w+),", (BOOK / "references.bib").read_text(encoding="utf8"), re.MULTILINE))
+    assert cited == known, f"without a source: {sorted(cited - known)}; never cited: {sorted(known - cited)}"
