@@ -3,6 +3,7 @@
 import html
 import json
 import re
+from collections import Counter
 from html.parser import HTMLParser
 
 import pytest
@@ -12,7 +13,7 @@ from alr.evidence import archive, claims, pages
 from alr.evidence import suite as suites
 from alr.evidence.claims import compute, condition, dumps, phrase
 from alr.evidence.metrics import METRICS
-from alr.evidence.paths import CLAIMS_JSON, ROOT, RUNS, SUITES
+from alr.evidence.paths import CLAIMS_JSON, RETIRED, ROOT, RUNS, SUITES
 from alr.evidence.records import natural, runs, thin, verify_digest
 from alr.evidence.register import load, named
 from alr.evidence.stats import Interval
@@ -175,6 +176,13 @@ def test_whatever_a_record_a_register_or_a_suite_says_is_shown_as_text(evil):
 def test_register_records_and_claims_json_agree():
     """Every claim again, from the records as committed: to the byte."""
     assert dumps(compute(load())) == CLAIMS_JSON.read_text(encoding="utf-8"), "make claims, then look what changed"
+
+
+def test_claims_that_were_taken_out_are_computed_from_their_own_records():
+    register = load(RETIRED / "claims.toml")
+    found = compute(register, RETIRED / "runs")
+    assert Counter(c["verdict"] for c in found.values()) == {"fails": 6, "open": 2, "figure": 1}
+    assert {c["n"] for c in found.values()} == {3} and not register.keys() & load().keys()
 
 
 def test_every_claim_names_arms_metric_and_chapter_that_exist():
