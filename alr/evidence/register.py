@@ -148,5 +148,10 @@ def judge(low: float | None, high: float | None, rule: str, threshold, key: str 
 
 
 def no_difference(claim: dict) -> float | None:
-    """The value of a claim that would mean no difference between its arms: 0, for a ratio 1, for one arm None."""
-    return None if "single" in claim else 1.0 if claim.get("ratio") else 0.0
+    """The value of a claim that would mean no difference between its arms: 0, for a ratio 1, for one arm None.
+
+    Metrics named over_... are differences from other arms already (`metrics.over_best`).
+    """
+    if "single" in claim:
+        return 0.0 if claim["metric"].startswith("over_") else None
+    return 1.0 if claim.get("ratio") else 0.0

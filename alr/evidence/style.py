@@ -29,7 +29,7 @@ KNOWN = {       # colour -> names; the place in its row gives a name its dash an
     PURPLE: ("repaired", "v9", "v7.3", "v4", "fixed rank", "final ranks from step 0"),
     ORANGE: ("one cut", "v2", "v7.4", "v5.1", "no transport", "final ranks permuted"),
     SKY: ("v6", "v7.5", "from rank 16", "from rank 32", "from rank 128", "from rank 8", "from rank 4", "no spectral init",
-          "AdamW on the factors", "multiples of 8", "a loss of 2 is enough"),
+          "AdamW on the factors", "multiples of 8", "a loss of 2 is enough", "from half", "from break-even"),
     GREY: ("no blocks", "baseline", "held", "without mask", "no decay", "strong decay", "exact estimate", "small start",
            "large start", "worth and cut by energy", "worth by the loss, cut by energy"),
 }
@@ -39,6 +39,8 @@ OTHERS = [      # kinds of names that never share axes with an arm
      ORANGE: ("reset all",), SKY: ("zero first moment",), INK: ("keep",)},
     {VERMILION: ("stable rank",), PURPLE: ("scaled stable rank",), INK: ("effective rank",), SKY: ("energy share",),
      GREEN: ("output energy",), ORANGE: ("loss by direction",), BLUE: ("Fisher importance",)},                     # estimators
+    {BLUE: ("tangent",), PURPLE: ("Spectron",), GREEN: ("LoRA-Muon",), SKY: ("LoRA-TSD",), VERMILION: ("AdamW",),
+     GREY: ("by energy",)},                                                                                        # rules
 ]
 LAYER = re.compile(r"(?:blocks|layers|h)\.(\d+)\.(?:\w+\.)*(\w+)")
 STYLE = {
@@ -73,7 +75,7 @@ def unit(column: str) -> str:
 def _table() -> dict[str, dict]:
     """The look of every known name.  Within a kind of names, colour and place differ; between kinds, they may meet."""
     out = {}
-    for kind, start in zip([KNOWN, *OTHERS], (0, 0, 4, 8)):
+    for kind, start in zip([KNOWN, *OTHERS], (0, 0, 4, 8, 2)):
         for row, (colour, names) in enumerate(kind.items()):
             for i, name in enumerate(names):
                 out[name] = {"color": colour, "linestyle": DASHES[i % len(DASHES)],

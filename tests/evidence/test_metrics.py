@@ -5,6 +5,7 @@ import pytest
 
 from alr.evidence.metrics import over_best, over_median
 from alr.evidence.records import COLUMNS, Runs
+from alr.evidence.register import no_difference
 
 LOSSES = {"mine": [(2.0, 2.1), (2.0, 2.2)], "a": [(1.9, 2.3), (1.9, 2.3)], "b": [(1.5, 2.0), (2.4, 2.0)],
           "c": [(3.0, 3.0), (3.0, 3.0)]}
@@ -44,3 +45,8 @@ def test_an_opponent_without_a_run_is_named(metric):
         metric(own(runs, 1), runs, ["a", "b", "c"])
     with pytest.raises(ValueError, match="nobody"):
         metric(own(runs, 0), runs, ["nobody"])
+
+
+def test_a_claim_on_them_knows_what_no_difference_is():
+    assert no_difference({"single": "mine", "metric": "over_best"}) == 0.0
+    assert no_difference({"single": "mine", "metric": "val_loss"}) is None
