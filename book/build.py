@@ -18,6 +18,7 @@ from pathlib import Path
 import nbformat
 import yaml
 
+import touch
 from lean import lean
 from offline import complete
 
@@ -55,6 +56,11 @@ def unlink(text: str, page: str, absent: set[str]) -> str:
 
     text = re.sub(r"\[([^][]+)\]\(([^()\s#]+)(?:#[^()\s]*)?\)", lambda m: m[1] if gone(m[2]) else m[0], text)
     return re.sub(r"\{doc\}`(?:([^`<]+?)\s*<)?([^`<>]+)>?`", lambda m: m[1] or m[2] if gone(m[2]) else m[0], text)
+
+
+def flat(text: str) -> str:
+    """Markdown of a notebook with the paths of its pictures as they are once staged, where book/ lies open."""
+    return text.replace("](../book/_static/", "](../_static/")
 
 
 def childless(toc: dict) -> list[str]:
@@ -101,6 +107,7 @@ def stage(profile: str) -> None:
     shutil.copytree(ROOT / "book", SRC, ignore=tools)
     if (ROOT / "data").is_dir():
         shutil.copytree(ROOT / "data", SRC / "data", ignore=shutil.ignore_patterns("cache"))
+    touch.write(SRC / "data" / "touch")
     toc = yaml.safe_load((ROOT / "book" / "_toc.yml").read_text(encoding="utf8"))
     planned = pages(toc)
     toc = present(toc, lambda page: any((ROOT / folder).exists() for folder in (f"book/{page}.md", f"{page}.ipynb")))
@@ -116,7 +123,7 @@ def stage(profile: str) -> None:
         nb = nbformat.read(run / notebook.name, as_version=4)
         for cell in nb.cells:
             if cell.cell_type == "markdown":
-                cell.source = unlink(cell.source, f"notebooks/{notebook.stem}", absent)
+                cell.source = flat(unlink(cell.source, f"notebooks/{notebook.stem}", absent))
             elif "injected-parameters" in cell.metadata.get("tags", []):
                 cell.metadata.tags.append("remove-cell")         # papermill's own cell
         nbformat.write(nb, SRC / "notebooks" / notebook.name)
@@ -149,6 +156,22 @@ def without_thebe(page: str) -> str:
     return THEBE.sub(lambda match: "" if "thebe" in match[0].lower() else match[0], page)
 
 
+def inside(page: str) -> str:
+    """A book on one page, its links to its own pages turned inwards; one to a page that it does not hold loses its target.
+
+    Notebooks print such links as HTML, which Sphinx does not resolve; printed, they would be paths of this machine.
+    """
+    there = set(re.findall(r'id="([^"]+)"', page))
+
+    def turned(match):
+        name, anchor = match[1].split("/")[-1], match[2]
+        targets = [anchor] if anchor else [f"document-{name}", f"document-notebooks/{name}"]
+        found = next((target for target in targets if target in there), None)
+        return f'href="#{found}"' if found else ""
+
+    return re.sub(r'href="(?!\w+:)([^"#]+)\.html(?:#([^"]*))?"', turned, page)
+
+
 # ---------------------------------------------------------------- the two results
 
 def html(profile: str) -> None:
@@ -178,12 +201,14 @@ def pdf(profile: str) -> None:
     chrome = browser()
     stage(profile)
     page = jupyter_book("singlehtml") / "index.html"
+    page.write_text(inside(page.read_text(encoding="utf8")), encoding="utf8")
     target = BUILD / "alr.pdf"
     target.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory() as profile_folder:
         command = [chrome, "--headless", "--disable-gpu", "--no-first-run", "--disable-background-networking",
                    "--disable-component-update", "--disable-sync", f"--user-data-dir={profile_folder}",
-                   "--no-pdf-header-footer", "--virtual-time-budget=60000", f"--print-to-pdf={target}", page.as_uri()]
+                   "--no-pdf-header-footer", "--generate-pdf-document-outline", "--virtual-time-budget=60000",
+                   f"--print-to-pdf={target}", page.as_uri()]
         if hasattr(os, "geteuid") and os.geteuid() == 0:
             command.insert(1, "--no-sandbox")                    # Chromium refuses to start as root with its sandbox
         result = subprocess.run(command, capture_output=True, text=True)

@@ -423,6 +423,17 @@ def test_a_page_weighs_what_it_loads(lean, tmp_path):
     assert lean.weight(page, mathjax=5000) == page.stat().st_size
 
 
+def test_links_of_a_book_on_one_page_stay_inside(build):
+    page = '<span id="document-notebooks/01_v1"></span><td id="claim-gain"></td>'
+    links = [('<a href="01_v1.html">v1</a>', '<a href="#document-notebooks/01_v1">v1</a>'),
+             ('<a href="../notebooks/01_v1.html#claim-gain">x</a>', '<a href="#claim-gain">x</a>'),
+             ('<a href="99_gone.html">gone</a>', "<a >gone</a>"),
+             ('<a href="https://example.org/a.html">web</a>', '<a href="https://example.org/a.html">web</a>'),
+             ('<a href="#claim-gain">same</a>', '<a href="#claim-gain">same</a>')]
+    for before, after in links:
+        assert build.inside(page + before) == page + after
+
+
 CLAIM = {"text": "It helps.", "value": -0.0651, "low": -0.0893, "high": -0.041, "unit": "nats", "n": 3,
          "seeds": [0, 1, 2], "verdict": "holds", "source": "data/runs/x", "chapter": "16_alr", "format": ".3f"}
 
@@ -436,17 +447,61 @@ def test_val_prints_value_interval_and_unit(val):
         assert word in val.tooltip(CLAIM)
 
 
-def sphinx(folder: Path, text: str, builder: str = "html"):
-    """Build one page with the role -> (its HTML, the warnings)."""
+def sphinx(folder: Path, text: str, builder: str = "html", page: str = "index"):
+    """Build a page of this text with the book's own extensions -> (the HTML of it or of another page, the warnings)."""
     from sphinx.application import Sphinx
     from sphinx.util.docutils import docutils_namespace
-    conf = f"import sys; sys.path.insert(0, {str(ROOT / 'book' / '_ext')!r})\nextensions = ['val', 'myst_parser']\n"
+    conf = f"import sys; sys.path.insert(0, {str(ROOT / 'book' / '_ext')!r})\n"
+    conf += "extensions = ['val', 'touching', 'exercises', 'sphinx_design', 'myst_parser']\n"
     folder.joinpath("conf.py").write_text(conf + "html_theme = 'basic'\n")
     folder.joinpath("index.md").write_text(f"# Page\n\n{text}\n")
     warnings = io.StringIO()
     with docutils_namespace():                                                  # nothing is registered twice
         Sphinx(folder, folder, folder / "out", folder / "doctrees", builder, status=None, warning=warnings).build()
-    return (folder / "out" / "index.html").read_text(encoding="utf8"), warnings.getvalue()
+    return (folder / "out" / f"{page}.html").read_text(encoding="utf8"), warnings.getvalue()
+
+
+EXERCISES = """## Exercises
+
+1. One?
+
+```{dropdown} Solution
+Yes.
+```
+
+2. Two?
+
+   1. a part
+
+```{dropdown} Solution
+No.
+```
+
+## After
+
+1. no exercise
+
+```{dropdown} Solution
+of nothing
+```
+"""
+
+
+@pytest.mark.parametrize("name, numbers", [("03_v3", ["3.1", "3.2"]), ("index", ["1", "2"])])
+def test_exercises_and_solutions_have_numbers(tmp_path, name, numbers):
+    (tmp_path / f"{name}.md").write_text(f"# Page\n\n{EXERCISES}")
+    page, warnings = sphinx(tmp_path, "```{toctree}\n03_v3\n```" if name != "index" else EXERCISES, page=name)
+    words = re.sub(r"<[^>]+>", "", page)
+    assert warnings == "" and re.findall(r"Exercise (\S+)\. (?:One|Two)", words) == numbers
+    assert re.findall(r"Solution\s*([\d.]+)", words) == numbers and 'id="exercise-2"' in page and "exercise-3" not in page
+
+
+def test_a_button_leads_to_a_notebook_that_runs_there(build, monkeypatch):
+    """Binder installs environment.yml by itself; Colab installs nothing, and no chapter does it for itself."""
+    monkeypatch.setenv("BOOK_REPOSITORY", "https://github.com/x/y")
+    buttons = build.configuration()["launch_buttons"]
+    assert buttons["binderhub_url"] and (ROOT / "environment.yml").exists()
+    assert "colab_url" not in buttons and not buttons["thebe"]
 
 
 def test_val_in_a_page(tmp_path):
@@ -473,6 +528,18 @@ def test_a_number_is_a_link_to_its_claim(tmp_path, builder, target):
     assert warnings == "" and link[1] == target and link[3] == "−0.065 [−0.089, −0.041] nats" and "Verdict: holds" in link[2]
     if builder == "html":
         assert 'href="#claim-gain"' in (tmp_path / "out" / "notebooks" / "claims.html").read_text(encoding="utf8")
+
+
+def test_a_picture_to_touch_brings_its_numbers_and_a_still_one(tmp_path):
+    folder = tmp_path / "data" / "touch"
+    folder.mkdir(parents=True)
+    folder.joinpath("ranks.json").write_text('{"a": "</script>", "b": [1, 2]}')
+    Image.new("RGB", (3, 3)).save(folder / "ranks.png")
+    page, warnings = sphinx(tmp_path, "```{touch} ranks\nWhat is *seen* here.\n```\n\n```{touch} rank\nNothing.\n```")
+    numbers = re.search(r'<script type="application/json" data-kind="ranks">(.*?)</script>', page)[1]
+    assert json.loads(numbers) == {"a": "</script>", "b": [1, 2]}
+    assert re.search(r'<img alt="What is \*?seen\*? here."[^>]*ranks.png', page) and "<em>seen</em>" in page
+    assert "no picture 'rank'" in warnings and "there are ranks" in warnings
 
 
 @pytest.mark.parametrize("register", [None, "{}", json.dumps({"gains": CLAIM})])
