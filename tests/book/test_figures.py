@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import re
+import sys
 from pathlib import Path
 
 import nbformat
@@ -54,3 +55,19 @@ def test_every_picture_of_a_page_is_there(page):
     named = re.findall(r"!\[[^\]]*\]\(([^)\s]+)\)", text) + re.findall(r"\{(?:figure|image)\} (\S+)", text)
     for target in named:
         assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_pictures_of_notebooks_are_there_before_and_after_staging(figures):
+    spec = importlib.util.spec_from_file_location("build", ROOT / "book" / "build.py")
+    build = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(ROOT / "book"))
+    spec.loader.exec_module(build)
+    named = set()
+    for path in (ROOT / "notebooks").glob("*.ipynb"):
+        for cell in nbformat.read(path, as_version=4).cells:
+            for target in re.findall(r"!\[[^\]]*\]\(([^)\s]+)\)", cell.source if cell.cell_type == "markdown" else ""):
+                assert (path.parent / target).exists(), f"{path.name}: {target}"
+                staged = build.flat(f"![a]({target})")[5:-1]
+                assert (ROOT / "book" / staged.removeprefix("../")).exists(), f"{path.name}: {target} is lost when it is staged"
+                named.add(Path(target).stem)
+    assert {"loop", "forgotten"} <= named <= set(figures.PICTURES)
