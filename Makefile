@@ -3,7 +3,7 @@
 
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
-.PHONY: help env book test train runs claims refresh lab lint bench pdf diff clean
+.PHONY: help env book test train runs claims confirm refresh lab lint bench pdf diff clean
 
 PYTHON  ?= python3
 VENV    ?= .venv
@@ -73,6 +73,13 @@ claims: env ## recompute every claim of the book from the recorded runs into dat
 diff: env ## the claims that left their old interval: make diff OLD=<tag or commit>
 	@if [ -z "$(OLD)" ]; then echo "make diff OLD=<tag or commit>"; exit 2; fi
 	@$(PY) -m alr.claims --diff "$(OLD)"
+
+confirm: env ## your own runs against the book's, one log per seed: make confirm SUITE=equal_shakespeare MINE="a.jsonl b.jsonl"
+	@if [ -z "$(MINE)" ] || [ -z "$(SUITE)" ]; then \
+	    echo 'make confirm SUITE=equal_shakespeare MINE="a.jsonl b.jsonl": finished logs of python -m alr.train, one per seed'; \
+	    exit 2; \
+	fi
+	@$(PY) -m alr.claims --suite "$(SUITE)" --mine $(MINE)
 
 refresh: env ## run the notebooks in place and take out what differs from run to run (ONLY=10_v10 for one)
 	@$(PY) book/notebooks.py refresh $(ONLY)

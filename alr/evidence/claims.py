@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from . import mine
 from .metrics import METRICS
 from .paths import CLAIMS_JSON, CLAIMS_TOML, RUNS
 from .records import Runs, merge, one_per_seed, runs
@@ -209,6 +210,9 @@ def main(args: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(prog="python -m alr.claims", description=__doc__.split("\n")[0])
     p.add_argument("--check", action="store_true", help="compare with claims.json instead of writing it")
     p.add_argument("--diff", metavar="OLD", help="claims that left the interval they had at this tag or commit")
+    p.add_argument("--mine", nargs="+", metavar="LOG", help="compare your own finished runs, one per seed, with a suite's")
+    p.add_argument("--suite", help="with --mine: the suite to compare with, such as equal_shakespeare")
+    p.add_argument("--metric", help="with --mine: val_loss if not said, or test_loss, val_bpb")
     p.add_argument("--register", type=Path, default=CLAIMS_TOML, help="claims.toml")
     p.add_argument("--runs", type=Path, default=RUNS, help="folder of the suites' records")
     p.add_argument("--out", type=Path, default=CLAIMS_JSON, help="claims.json")
@@ -221,6 +225,11 @@ def main(args: list[str] | None = None) -> int:
 
 
 def _run(a) -> int:
+    if a.mine or a.suite or a.metric:
+        if not (a.mine and a.suite):
+            raise ValueError("--mine LOG ... and --suite NAME go together: your runs, and what they are compared with.")
+        print(mine.report(a.mine, a.suite, a.runs, a.metric or "val_loss"))
+        return 0
     if a.diff:
         moved = changes(at(a.diff, a.out), read(a.out))
         print(f"{len(moved)} claims moved since {a.diff}." if moved.empty else moved.to_string(index=False))
