@@ -100,6 +100,13 @@ def test_the_row_of_the_budget_recipe_is_the_recipe():
     assert recipes.alr.control.end == 0.8 and "four fifths" in row
 
 
+def test_what_practice_says_of_narrow_starts_is_in_the_register():
+    claims = json.loads((ROOT / "data" / "claims.json").read_text(encoding="utf8"))
+    near, far = (claims[f"alr_same_loss_matched_from_{rank}"] for rank in (16, 4))
+    assert "a start at 16 came close to a wide one, and a start at 4 did not" in " ".join(text("practice").split())
+    assert near["low"] < 0 < near["high"] and far["low"] > 0
+
+
 # ---------------------------------------------------------------- sources
 
 def test_every_source_is_cited_somewhere_and_every_citation_has_a_source():
