@@ -22,7 +22,7 @@ from . import mine
 from .metrics import METRICS
 from .paths import CLAIMS_JSON, CLAIMS_TOML, RUNS
 from .records import Runs, merge, one_per_seed, runs
-from .register import OPEN, ClaimError, bar, bounds, judge, load, named, no_difference
+from .register import FAILS, HOLDS, OPEN, ClaimError, bar, bounds, judge, load, named, no_difference
 from .stats import Interval, compare, mean, p_value
 
 # ------------------------------------------------------------------------------------------------ computing
@@ -196,13 +196,18 @@ def changes(old: dict[str, dict], new: dict[str, dict]) -> pd.DataFrame:
 
 
 def at(revision: str, path: str | Path = CLAIMS_JSON) -> dict[str, dict]:
-    """claims.json as it was at a tag or commit of its git repository.  ClaimError when git has none."""
+    """claims.json as it was at a tag or commit of its repository, verdicts in today's words.  ClaimError when git has none.
+
+    Until 2026-11-26 a missed bar had one word, whether or not its gain was sure.
+    """
     path = Path(path)
     shown = subprocess.run(["git", "show", f"{revision}:./{path.name}"], cwd=path.parent, capture_output=True)
     if shown.returncode:
         raise ClaimError(f"no {path.name} at {revision!r}: git says {shown.stderr.decode().strip()!r}. Wanted a tag or "
                          "a commit.")
-    return json.loads(shown.stdout.decode())
+    words = {"supported": HOLDS, "not supported": FAILS, "undecided": OPEN}
+    old = json.loads(shown.stdout.decode())
+    return {key: c | {"verdict": words.get(c["verdict"], c["verdict"])} for key, c in old.items()}
 
 
 def main(args: list[str] | None = None) -> int:

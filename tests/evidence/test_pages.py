@@ -178,6 +178,14 @@ def test_register_records_and_claims_json_agree():
     assert dumps(compute(load())) == CLAIMS_JSON.read_text(encoding="utf-8"), "make claims, then look what changed"
 
 
+def test_the_book_has_one_word_for_each_verdict():
+    notebooks = [json.loads(path.read_text(encoding="utf-8")) for path in (ROOT / "notebooks").glob("*.ipynb")]
+    texts = ["".join(cell["source"]) for notebook in notebooks for cell in notebook["cells"]]
+    pages_ = [*(ROOT / "book").glob("*.md"), ROOT / "README.md", CLAIMS_JSON]
+    texts += [path.read_text(encoding="utf-8") for path in pages_]
+    assert not [text[:80] for text in texts if re.search(r"\bundecided\b|\bnot supported\b", text, re.IGNORECASE)]
+
+
 def test_claims_that_were_taken_out_are_computed_from_their_own_records():
     register = load(RETIRED / "claims.toml")
     found = compute(register, RETIRED / "runs")
