@@ -7,6 +7,13 @@
     optimizer.step(); adapter.step(); optimizer.zero_grad()
 """
 
+import signal
+import sys
+
+if sys.argv[:1] == ["-m"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # `python -m alr.train` imports this first, for seconds: until it has begun, Ctrl-C ends it without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 from . import integrations, recipes
 from .adapt import RankAdapter, Recipe, Resize
 from .causal import assert_causal

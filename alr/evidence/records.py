@@ -36,6 +36,11 @@ COLUMNS = {                                             # what a table has even 
 }
 
 
+NUMBER = (int, float)
+RUN, END = {"recipe": str, "config": dict}, {"val_loss": NUMBER, "seconds": dict, "ranks": dict, "shapes": dict}
+AGAIN = "Restore it (git checkout), or delete the file and record it again."
+
+
 class RecordError(ValueError):
     """A log that cannot be trusted or understood: what is wrong, where, and what to do."""
 
@@ -57,9 +62,9 @@ def check(lines: Sequence[str], where: str = "log", complete: bool = False, reco
     for i, line in enumerate(lines, 1):
         try:
             parsed.append(json.loads(line))
-        except json.JSONDecodeError as e:
+        except (json.JSONDecodeError, RecursionError) as e:
             raise RecordError(f"{where}, line {i}: not JSON ({e}); the run was cut off while writing, or the file was "
-                              "edited. Record it again.") from None
+                              f"edited. {AGAIN}") from None
         if not isinstance(parsed[-1], dict) or "kind" not in parsed[-1]:
             raise RecordError(f"{where}, line {i}: no 'kind' in {line[:60]!r}; this is not a log of alr.train.")
     kinds = [p["kind"] for p in parsed]
@@ -68,15 +73,15 @@ def check(lines: Sequence[str], where: str = "log", complete: bool = False, reco
                           "Without it nobody knows what was run.")
     if "end" not in kinds:
         if complete or record:
-            raise RecordError(f"{where}: no `end` line, so the run did not finish; resume it or record it again.")
+            raise RecordError(f"{where}: no `end` line, so the run did not finish; resume it, or delete the file and record "
+                              "it again.")
         return parsed
     if kinds.index("end") != len(kinds) - 1:
         raise RecordError(f"{where}: line {kinds.index('end') + 1} is the `end`, but {len(kinds)} lines are there.")
     log, full, found = digest(lines[:-1]), record_digest(lines[:-1], parsed[-1]), parsed[-1].get("digest")
     if found not in (log, full):
         raise RecordError(f"{where} was changed after it was written: its `end` line says digest {str(found)[:12]}, "
-                          f"its lines give {full[:12]} as a record ({log[:12]} as a log). Restore it (git checkout) "
-                          "or record it again.")
+                          f"its lines give {full[:12]} as a record ({log[:12]} as a log). {AGAIN}")
     if record and found != full:
         raise RecordError(f"{where}: the digest leaves out the `end` line; this is a log, or its `end` was edited. "
                           "A record is a log that went through records.thin.")
@@ -128,15 +133,27 @@ def run_and_end(path: str | Path) -> tuple[dict, dict]:
     try:
         run, end = json.loads(lines[0]), json.loads(lines[-1])
         if (run["kind"], end["kind"]) == ("run", "end") and end["digest"] == record_digest(lines[:-1], end):
+            for line, wanted in ((run, RUN), (end, END)):
+                for key, kind in wanted.items():
+                    if not isinstance(line.get(key), kind):
+                        raise RecordError(f"{path}: its `{line['kind']}` line says {key} {line.get(key)!r}; wanted "
+                                          f"{'a number' if kind is NUMBER else kind.__name__}. {AGAIN}")
             return run, end
-    except (ValueError, LookupError, TypeError):
+    except RecordError:
+        raise
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         pass
     check(lines, str(path), record=True)                            # says what is wrong, and in which line
-    raise RecordError(f"{path}: its first line is no `run`, or its last no `end`; delete the file and record it again.")
+    raise RecordError(f"{path}: its first line is no `run`, or its last no `end`. {AGAIN}")
 
 
 def _lines(path) -> list[str]:
-    text = Path(path).read_text(encoding="utf-8")
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as e:
+        raise RecordError(f"{path}: not UTF-8 at byte {e.start}, so no log of alr.train. {AGAIN}") from None
+    except IsADirectoryError:
+        raise RecordError(f"{path}: a folder stands where a record belongs; remove it.") from None
     return text.rstrip("\n").split("\n") if text.strip() else []
 
 

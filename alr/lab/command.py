@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from dataclasses import dataclass
 
 import torch
 
 from .. import recipes
-from .config import Config
+from . import checkpoint
+from .config import Config, SettingError, flag, with_flags
+from .stop import listen
 from .training import train
+
+
+@dataclass(frozen=True)
+class Flags(Config):
+    __doc__ = Config.__doc__
+
+    def __post_init__(self):
+        """Nothing is refused while the flags are read: what tyro says of a ValueError names no flag."""
 
 
 def table() -> str:
@@ -22,26 +34,50 @@ def table() -> str:
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows)
 
 
+def say(text: object) -> None:
+    with contextlib.suppress(OSError):                  # after SIGHUP there is no terminal
+        print(f"train: {text}", file=sys.stderr)
+
+
+def after(config: Config | None) -> str:
+    """What to do after an interruption: go on, where there is something to go on from."""
+    if config is None:
+        return "nothing was begun"
+    if config.out is None:
+        return f"nothing was kept, {flag('out')} FOLDER would have kept checkpoints"
+    if not checkpoint.exists(config.out):
+        return f"no checkpoint was written to {config.out} yet"
+    return f"go on with {flag('resume')}"
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status: 0, 1 for what cannot be done, 130 when interrupted."""
+    listen()
+    config = None
     try:
         import tyro
-    except ImportError:
-        print("train: the command line needs tyro (pip install tyro); from Python: from alr.train import Config, train",
-              file=sys.stderr)
-        return 1
-    try:
-        config = tyro.cli(Config, prog="python -m alr.train", args=argv)
+        config = Config(**vars(tyro.cli(Flags, prog="python -m alr.train", args=argv)))
         if config.recipe == "list":
             print(table())
             return 0
+        for note in config.unread():
+            say(f"note: {with_flags(note)}")
         run = train(config)
     except KeyboardInterrupt:
-        hint = "go on with --resume" if config.out else "with --out it could go on from here"
-        print(f"train: interrupted; {hint}.", file=sys.stderr)
+        say(f"interrupted; {after(config)}.")
         return 130
-    except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
-        print(f"train: {error}", file=sys.stderr)
+    except ImportError as error:
+        if error.name != "tyro":
+            raise
+        say("the command line needs tyro (pip install tyro); from Python: from alr.lab import Config, train")
+        return 1
+    except (ValueError, OSError, ArithmeticError, MemoryError, torch.OutOfMemoryError) as error:
+        say(error.on_command_line if isinstance(error, SettingError) else error or type(error).__name__)
+        return 1
+    except RuntimeError as error:
+        if "alloc" not in str(error):                   # torch has no class of its own for a CPU without memory
+            raise
+        say(f"not enough memory: {str(error).splitlines()[0]}")
         return 1
     last = run.log[-1] if run.log else {}
     if run.leads and last.get("kind") == "end":

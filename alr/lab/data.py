@@ -99,17 +99,20 @@ def corpus(name: str | os.PathLike, *, data_dir: str | os.PathLike | None = None
     Files are looked for in data_dir, $ALR_DATA and `cache_dir()`, then (download=True) fetched into the last; the two
     named corpora are checked against their known counts or hash wherever they come from.
     A bare `wiki.train.tokens` that is not in the working directory is wikitext-2.
-    level: "word" or "char" instead of the corpus's own.  vocab_size: at most this many entries, `<unk>` among them.
+    level: "word", "char" or "space" (what stands between white space, also in a plain .txt) instead of the corpus's own.
+    vocab_size: at most this many entries, `<unk>` among them.
 
     FileNotFoundError: a file is missing and cannot be had.  ValueError: an unknown name, a file that is empty, binary,
     too short for three splits or not what it should be, a level or vocab_size that makes no sense.
     """
     name = os.fspath(name)
-    if level not in (None, "word", "char"):
-        raise ValueError(f"corpus: level {level!r} is unknown; write 'word' or 'char', or leave it out.")
+    if level not in (None, "word", "char", "space"):
+        raise ValueError(f"corpus: level {level!r} is unknown; write 'word', 'char' or 'space', or leave it out.")
     if vocab_size is not None and vocab_size < 2:
         raise ValueError(f"corpus: vocab_size {vocab_size}; it counts {UNK} too and must be at least 2.")
     name, split, own, spaced = sources.texts(name, data_dir, seed, download)
+    if level == "space":
+        level, spaced = "word", True
     return _build(name, split, level or own, spaced, vocab_size)
 
 

@@ -10,6 +10,8 @@ import sys
 
 import torch
 
+from .config import SettingError
+
 
 def accelerator() -> torch.device | None:
     """The accelerator that torch sees here, or None."""
@@ -30,13 +32,13 @@ def pick_device(name: str = "auto", local_rank: int | None = None) -> torch.devi
         try:
             device = torch.device(name)
         except RuntimeError:
-            raise ValueError(f"device {name!r} is not known; here there are {here} (or auto).") from None
+            raise SettingError(f"{{device}} {name!r} is not known; here there are {here} (or auto).") from None
     if device.type != "cpu" and (found is None or found.type != device.type):
-        raise ValueError(f"device {name!r} is not here: torch {torch.__version__} sees {here}. Write --device auto.")
+        raise SettingError(f"{{device}} {name!r} is not here: torch {torch.__version__} sees {here}. Write --device auto.")
     if device.type not in ("cpu", "mps"):
         index = device.index if device.index is not None else local_rank or 0
         if index >= torch.accelerator.device_count():
-            raise ValueError(f"device {device.type}:{index} is not here; there are {torch.accelerator.device_count()}.")
+            raise SettingError(f"{{device}} {device.type}:{index} is not here; there are {torch.accelerator.device_count()}.")
         device = torch.device(device.type, index)
         torch.accelerator.set_device_index(index)
     return device
@@ -87,6 +89,26 @@ def peak_memory_mb(device: torch.device) -> float | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss       # KiB on Linux, bytes on macOS
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def memory_limit(device: torch.device) -> int | None:
+    """Bytes of memory that a process can have there: the device's, or the least of the machine's, the container's and the
+    process's own limit.  None where nobody can tell."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory()
+    limits = []
+    with contextlib.suppress(ValueError, OSError, AttributeError):                  # no sysconf on Windows
+        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(ValueError, OSError), open(path, encoding="ascii") as file:    # "max": no limit
+            limits.append(int(file.read()))
+    with contextlib.suppress(ImportError):
+        import resource
+        soft = resource.getrlimit(resource.RLIMIT_AS)[0]
+        limits += [soft] if soft != resource.RLIM_INFINITY else []
+    return min(limits, default=None)
 
 
 def processor(device: torch.device) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -10,8 +11,15 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TextIO
+
+from .config import SettingError
+from .files import in_place, open_locked
 
 PACKAGE = Path(__file__).resolve().parents[1]         # alr/
+SEED_KEYS = ("epoch", "train_loss", "val_loss", "rank_min", "rank_max", "rank_avg", "ranks", "params_millions", "time_sec")
+BEGINS = ('{"kind": "run"', '{"epoch": 1, "train_loss"')        # how a log begins: ours, that of the original's scripts
+LONG = 1 << 20                          # characters of a first line that are looked at
 
 
 def digest(lines: Sequence[str]) -> str:
@@ -19,18 +27,105 @@ def digest(lines: Sequence[str]) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-class Log:
+class Lines:
     """Lines in memory and, where a path is given, in a file, which holds every line as soon as it is written.
 
-    The file is made with the first line.  A file of that name that holds another run is moved aside, never overwritten:
-    log.jsonl becomes log.1.jsonl.  `lines`: those of a checkpoint, to go on from.
+    The file is made by `open`, or with the first line, and held by a lock until `close`: another process that would
+    write to it is refused.  A file of that name that holds another run is moved aside, never overwritten: log.jsonl
+    becomes log.1.jsonl.  One that holds anything else is refused and left as it is.  A link stays a link; a device or a
+    pipe is written to in place.  `lines`: those of a checkpoint, to go on from.  setting: what the path is called.
     """
 
-    def __init__(self, path: str | Path | None = None, lines: Sequence[str] = ()):
+    def __init__(self, path: str | Path | None = None, lines: Sequence[str] = (), setting: str = "log_file"):
         self.path = Path(path) if path is not None else None
-        self.lines = list(lines)
-        self.records = [json.loads(line) for line in self.lines]
+        self.lines, self.setting = list(lines), setting
         self._file = None
+
+    def check(self) -> None:
+        """SettingError where `open` would refuse what lies there now; nothing is made or changed."""
+        if self.path is None or in_place(self.path) or not self.path.exists():
+            return
+        if self.path.is_dir():
+            raise SettingError(f"{{{self.setting}}} {self.path} is a folder; wanted the path of a file.")
+        with open(self.path, encoding="utf-8", errors="replace", newline="\n") as file:
+            self._check(file.readline(LONG))
+
+    def _check(self, first: str) -> None:
+        if first and not any(first.startswith(begin) or begin.startswith(first) for begin in BEGINS):   # or cut off in it
+            raise SettingError(f"{{{self.setting}}} {self.path} is there and is no log of a run; it is left as it is. "
+                               "Write another name.")
+
+    def add(self, line: str) -> None:
+        """Add one line; it is in the file when this returns.  OSError, with the file's name, when it cannot be."""
+        self.open()
+        self.lines.append(line)
+        self._put(line + "\n")
+
+    def _put(self, text: str) -> None:
+        if self._file is not None:
+            try:
+                self._file.write(text)
+                self._file.flush()
+            except OSError as error:
+                error.filename = str(self.path)
+                raise
+
+    def open(self) -> None:
+        """Make the file, with the lines so far; nothing happens if it is open, or if there is no path."""
+        if self.path is None or self._file is not None:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if in_place(self.path):
+            self._file = open(self.path, "a", encoding="utf-8", newline="\n")
+            self._put("".join(line + "\n" for line in self.lines))
+            return
+        path = Path(os.path.realpath(self.path))
+        file = self._locked(path)
+        first = file.readline(LONG)
+        if first and self.lines and first.rstrip("\n") == self.lines[0]:
+            part = self._locked(path.with_name(f".{path.name}.part"))
+            part.truncate(0)
+            part.write("".join(line + "\n" for line in self.lines))
+            part.flush()
+            os.replace(path.with_name(f".{path.name}.part"), path)
+            file.close()
+            self._file = part
+            return
+        if first:
+            try:
+                self._check(first)
+            except SettingError:
+                file.close()
+                raise
+            names = (path.with_name(f"{path.stem}.{n}{path.suffix}") for n in itertools.count(1))
+            aside = next(name for name in names if not name.exists())
+            os.replace(path, aside)
+            file.close()
+            print(f"log: {self.path} held another run; that is now {aside}.", file=sys.stderr)
+            file = self._locked(path)
+        self._file = file
+        self._put("".join(line + "\n" for line in self.lines))
+
+    def _locked(self, path: Path) -> TextIO:
+        file = open_locked(path)
+        if file is None:
+            raise SettingError(f"{{{self.setting}}} {self.path} is being written by another process; wait for its end, or "
+                               "write another name.")
+        return file
+
+    def close(self) -> None:
+        if self._file is not None:
+            with contextlib.suppress(OSError):          # of a full disk, which `add` has reported
+                self._file.close()
+            self._file = None
+
+
+class Log(Lines):
+    """The lines of one run, as text and parsed (`records`)."""
+
+    def __init__(self, path: str | Path | None = None, lines: Sequence[str] = ()):
+        super().__init__(path, lines)
+        self.records = [json.loads(line) for line in self.lines]
 
     def write(self, kind: str, **values) -> dict:
         """Add one line and flush it.  ValueError for a number that is not finite: JSON has none."""
@@ -42,36 +137,14 @@ class Log:
 
     def _add(self, record: dict) -> dict:
         line = json.dumps(record, allow_nan=False)
-        self._open()
-        self.lines.append(line)
         self.records.append(record)
-        if self._file is not None:
-            self._file.write(line + "\n")
-            self._file.flush()
+        self.add(line)
         return record
 
-    def _open(self) -> None:
-        if self.path is None or self._file is not None:
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self.path.exists() and self.path.stat().st_size and not self._same_run():
-            names = (self.path.with_name(f"{self.path.stem}.{n}{self.path.suffix}") for n in itertools.count(1))
-            aside = next(name for name in names if not name.exists())
-            os.replace(self.path, aside)
-            print(f"log: {self.path} held another run; that is now {aside}.", file=sys.stderr)
-        part = self.path.with_name(self.path.name + ".part")
-        part.write_text("".join(line + "\n" for line in self.lines), encoding="utf-8")
-        os.replace(part, self.path)
-        self._file = open(self.path, "a", encoding="utf-8")
 
-    def _same_run(self) -> bool:
-        with open(self.path, encoding="utf-8", errors="replace") as file:
-            return bool(self.lines) and file.readline().rstrip("\n") == self.lines[0]
-
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+def seed_line(epoch: dict) -> str:
+    """An `epoch` line as the original scripts write it: their nine keys, in their order, and no other."""
+    return json.dumps({key: epoch[key] for key in SEED_KEYS})
 
 
 def provenance() -> dict:

@@ -20,6 +20,7 @@ from ..group import average_gradients
 from ..linear import product_decay_
 from .data import IGNORE, SPLITS, Batches, blocks
 from .device import autocast, forget_peak_memory, peak_memory_mb, synchronize
+from .log import seed_line
 from .model import count_parameters
 from .optimizers import OPTIMIZERS
 from .processes import Workers
@@ -66,6 +67,7 @@ class Loop:
         self.bar = tqdm(total=run.config.steps, initial=run.step, desc=run.recipe.name, unit="step", dynamic_ncols=True,
                         **({"disable": True} if quiet or workers.rank else {}))
         self.logged = (run.step, run.seconds["work"])   # when the last `step` line was written
+        self.saved = time.monotonic()                   # when the last checkpoint was
 
     @property
     def whole(self) -> bool:
@@ -98,21 +100,30 @@ class Loop:
                 self.callback(run)
                 self.lap("other")
             self.bar.update()
-            if self.asked(stop):
+            asked, late = self.wishes(stop)
+            if asked:
                 self.agreed = True
                 raise KeyboardInterrupt
+            if not self.ends_epoch and (late or c.save_steps and run.step % c.save_steps == 0):
+                self.lap("work")
+                self.save()
         with stop.now():
             losses = self.final()
         self.end(*losses)
 
-    def asked(self, stop: Stop) -> bool:
-        """Has somebody asked this run to stop?  Processes must agree; they do where they wait for each other anyway."""
+    def wishes(self, stop: Stop) -> tuple[bool, bool]:
+        """(has somebody asked this run to stop, is a checkpoint due by the clock).
+
+        Several processes must agree; they do where they wait for each other anyway, at the steps that are logged.
+        """
         run, c = self.run, self.run.config
+        late = c.save_minutes is not None and time.monotonic() - self.saved >= 60 * c.save_minutes
         if self.workers.size == 1:
-            return stop.asked
+            return stop.asked, late
         if run.step % c.log_every and run.step % c.steps_per_epoch:
-            return False
-        return self.workers.total(torch.tensor(float(stop.asked), device=run.device)).item() > 0
+            return False, False
+        told = self.workers.total(torch.tensor([float(stop.asked), float(late)], device=run.device)).tolist()
+        return told[0] > 0, told[1] > 0
 
     def step(self, x: Tensor, y: Tensor) -> None:
         run, c = self.run, self.run.config
@@ -169,8 +180,11 @@ class Loop:
             val_loss = run.val_loss
         try:
             return run.adapter.step(val_loss)
-        except (ValueError, ArithmeticError, RuntimeError):
+        except (ValueError, ArithmeticError, RuntimeError) as error:
             self.check(run.running.item())              # an estimate of weights that have diverged: say that instead
+            if isinstance(error, torch.linalg.LinAlgError):
+                raise FloatingPointError(f"the weights of a layer have no decomposition any more by step {run.step} "
+                                         f"({run.recipe.name}). Lower the learning rate.") from error
             raise
 
     def report(self, loss: Tensor, norm: Tensor, lr: float) -> None:
@@ -224,20 +238,22 @@ class Loop:
             self.lap("work")
         run.epoch, run.val_loss, run.running = run.epoch + 1, val_loss, torch.zeros_like(run.running)
         ranks = list(run.adapter.ranks.values())
-        run.writer.write(
+        line = run.writer.write(
             "epoch", epoch=run.epoch, step=run.step, train_loss=train_loss, val_loss=val_loss,
             rank_min=min(ranks, default=None), rank_max=max(ranks, default=None),
             rank_avg=sum(ranks) / len(ranks) if ranks else None, ranks=ranks,
             params_millions=count_parameters(run.model)["total"] / 1e6,
             time_sec=round(run.seconds["work"] - run.spent, 3))
+        if run.seed_log.path is not None:
+            run.seed_log.add(seed_line(line))
         run.spent = run.seconds["work"]
         self.save()
 
     def save(self) -> None:
-        if self.workers.size > 1:
-            self.run.running = self.workers.total(self.run.running.clone()) / self.workers.size
+        each = self.workers.gather(self.run.own()) if self.workers.size > 1 else None
         if self.workers.rank == 0:
-            self.run.save()
+            self.run.save(each)
+        self.saved = time.monotonic()
         self.lap("other")
 
     def final(self) -> tuple[float, float | None]:

@@ -43,3 +43,11 @@ class Workers:
         if self.size > 1:
             dist.all_reduce(x)
         return x
+
+    def gather(self, value: object) -> list:
+        """What each process holds, in the order of their numbers; plain values and tensors on the CPU."""
+        if self.size == 1:
+            return [value]
+        found: list = [None] * self.size
+        dist.all_gather_object(found, value)
+        return found

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime
+import math
+import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -14,17 +16,20 @@ from .. import recipes
 from ..adapt import RankAdapter, Recipe
 from ..axes import each
 from ..factor import check_rank
-from ..linear import low_rank_layers
+from ..linear import picks
 from . import checkpoint
-from .config import Config
+from .config import Config, MissingFile, SettingError, flag
 from .data import Corpus, corpus
-from .device import pick_device, pick_dtype, processor
-from .log import Log, provenance
+from .device import memory_limit, pick_device, pick_dtype, processor
+from .log import Lines, Log, provenance, seed_line
 from .model import GPT, MLPLM, GPTConfig, MLPConfig, block_linears, count_parameters
 from .optimizers import make_optimizers
 from .processes import Workers
 
 MOVABLE = {"device", "threads"}                         # settings that a resumed run may change
+COMPARED_ELSEWHERE = {"recipe", "corpus", "data_file"}  # on resume: by value and by fingerprint, however they were named
+STATE = {"config", "recipe", "fingerprint", "step", "epoch", "running", "val_loss", "spent", "seconds", "resumed", "rng",
+         "each", "lines", "adapter", "optimizers", "weights", "weights_digest"}
 
 
 @dataclass(eq=False)
@@ -42,6 +47,7 @@ class Run:
     given: str                          # repr of the recipe before configuration and clock touched it
     leads: bool = True                  # is this the process that writes files and speaks?
     writer: Log = field(default_factory=Log)
+    seed_log: Lines = field(default_factory=Lines)      # the epochs with the original scripts' keys alone
     step: int = 0                       # optimizer steps done
     epoch: int = 0                      # epochs done
     running: Tensor | None = None       # sum of this epoch's training losses, on the device
@@ -60,31 +66,54 @@ class Run:
         """The optimizer; with --optimizer muon, the one of the block matrices."""
         return self.optimizers[0]
 
-    def save(self) -> None:
-        """Write a checkpoint to config.out, if there is one."""
-        if self.config.out is None:
-            return
+    def own(self) -> dict:
+        """What this process alone knows: its random numbers and its share of this epoch's loss."""
         rng = {"cpu": torch.get_rng_state()}
         if self.device.type != "cpu":
             rng[self.device.type] = torch.get_device_module(self.device).get_rng_state()
+        return {"rng": rng, "running": self.running.cpu()}
+
+    def save(self, each: list[dict] | None = None) -> None:
+        """Write a checkpoint to config.out, if there is one.  each: `own` of every process, where there are several."""
+        if self.config.out is None:
+            return
+        each = each or [self.own()]
         checkpoint.save(self.config.out, self.model, {
             "config": self.config.describe(), "recipe": self.given, "fingerprint": self.corpus.fingerprint,
-            "step": self.step, "epoch": self.epoch, "running": self.running.cpu(), "val_loss": self.val_loss,
-            "spent": self.spent, "seconds": dict(self.seconds), "resumed": list(self.resumed), "rng": rng,
-            "lines": list(self.writer.lines), "adapter": self.adapter.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}, self.step)
+            "step": self.step, "epoch": self.epoch, "running": torch.stack([x["running"] for x in each]).mean(0),
+            "val_loss": self.val_loss, "spent": self.spent, "seconds": dict(self.seconds), "resumed": list(self.resumed),
+            "rng": each[0]["rng"], "each": each[1:] and each, "lines": list(self.writer.lines),
+            "adapter": self.adapter.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}, self.step, self.config.keep)
 
-    def restore(self, state: dict) -> None:
-        """Go back to a checkpoint's state; the weights are in the model already, and the optimizers are new."""
+    def restore(self, state: dict, workers: Workers) -> None:
+        """Go back to a checkpoint's state; the weights are in the model already, and the optimizers are new.
+
+        As many processes as before go on exactly; with another number, all but the first draw new random numbers.
+        """
         self.adapter.load_state_dict(state["adapter"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         for name in ("step", "epoch", "val_loss", "spent", "seconds", "resumed"):
             setattr(self, name, state[name])
-        self.running = state["running"].to(self.device)
-        torch.set_rng_state(state["rng"]["cpu"])
-        if self.device.type != "cpu" and self.device.type in state["rng"]:
-            torch.get_device_module(self.device).set_rng_state(state["rng"][self.device.type])
+        if not 0 <= self.step <= self.config.steps or self.epoch != self.step // self.config.steps_per_epoch and (
+                self.step != (self.epoch + 1) * self.config.steps_per_epoch):
+            raise ValueError(f"step {self.step} of epoch {self.epoch} is no moment of this run")
+        same = len(state["each"] or [None]) == workers.size
+        mine = state["each"][workers.rank] if state["each"] and same else state
+        self.running = mine["running"].to(self.device)
+        if same or workers.rank == 0:
+            torch.set_rng_state(mine["rng"]["cpu"])
+            if self.device.type != "cpu" and self.device.type in mine["rng"]:
+                torch.get_device_module(self.device).set_rng_state(mine["rng"][self.device.type])
+        else:
+            draw_apart(self, workers)
+
+
+def draw_apart(run: Run, workers: Workers) -> None:
+    """Random numbers of its own for every process but the first, which draws those of a run in one process."""
+    if workers.rank:
+        torch.manual_seed((run.config.seed + workers.rank + (run.step << 20)) % 2**63)
 
 
 def prepare(config: Config, recipe: Recipe | None = None, workers: Workers | None = None) -> Run:
@@ -95,56 +124,144 @@ def prepare(config: Config, recipe: Recipe | None = None, workers: Workers | Non
     device = pick_device(config.device, workers.local_rank)
     saved = _saved(config, repr(given))
     if config.batch_size % workers.size:
-        raise ValueError(f"batch_size {config.batch_size} cannot be shared by {workers.size} processes.")
+        raise SettingError(f"{{batch_size}} {config.batch_size} cannot be shared by {workers.size} processes.")
     if config.threads is not None:
+        if config.threads > (most := max(64, 4 * (os.cpu_count() or 1))):
+            raise SettingError(f"{{threads}} is {config.threads}; on this machine write at most {most}.")
         torch.set_num_threads(config.threads)
-    text = corpus(config.data_file or config.corpus, data_dir=config.data_dir, level=config.level,
-                  vocab_size=config.vocab_size)
+    text = find_corpus(config)
     if len(text.train) <= config.block_size:
-        raise ValueError(f"block_size {config.block_size} is longer than the text: {text.name}'s training split has "
-                         f"{len(text.train)} tokens; write at most {max(1, len(text.train) - 1)}.")
+        raise SettingError(f"{{block_size}} {config.block_size} is longer than the text: {text.name}'s training split has "
+                           f"{len(text.train)} tokens; write at most {max(1, len(text.train) - 1)}.")
     if saved is not None and saved["fingerprint"] != text.fingerprint:
-        raise ValueError(f"resume: the corpus is not the one of the checkpoint (fingerprint {text.fingerprint}, then "
-                         f"{saved['fingerprint']}).")
+        raise SettingError(f"resume: the corpus is not the one of the checkpoint (fingerprint {text.fingerprint}, then "
+                           f"{saved['fingerprint']}).")
+    fits_memory(config, len(text.vocab), device, workers.size)
+    check_ranks(config, adjusted, len(text.vocab))
+    writer = Log(log_path(config) if workers.rank == 0 else None, saved["lines"] if saved else ())
+    seed_log = Lines(config.seed_log if workers.rank == 0 else None,
+                     [seed_line(x) for x in writer.records if x["kind"] == "epoch"], "seed_log")
+    check_places(config, writer, seed_log)
     workers.start(device)
     torch.manual_seed(config.seed)
     model = adjusted.prepare(make_model(config, len(text.vocab)), block_linears)    # on the CPU: the same everywhere
-    for name, layer in low_rank_layers(model).items():
-        check_rank(config.init_rank or 1, layer.out_features, layer.in_features, "init_rank", name)
     if saved is not None:
         checkpoint.load_weights(config.out, saved, model)
     model.to(device)
     optimizers = make_optimizers(config, model, device)
     adapter = RankAdapter(model, optimizers, adjusted, total_steps=config.steps)
     dtype = pick_dtype(config.precision, device)
-    run = Run(config, adjusted, text, device, dtype, model, optimizers, adapter, repr(given),
-              leads=workers.rank == 0, running=torch.zeros((), device=device))
-    if saved is not None:
-        run.restore(saved)
-    if workers.size > 1:
-        torch.manual_seed(config.seed + workers.rank + (run.step << 20))            # dropout of its own
-    path = config.log_file or (Path(config.out) / "log.jsonl" if config.out else None)
-    run.writer = Log(path if run.leads else None, saved["lines"] if saved else ())
-    if saved is not None and not ended(run):
-        run.resumed.append({"step": run.step, "started": now(), **provenance()})
+    run = Run(config, adjusted, text, device, dtype, model, optimizers, adapter, repr(given), leads=workers.rank == 0,
+              writer=writer, seed_log=seed_log, running=torch.zeros((), device=device))
+    if saved is None:
+        draw_apart(run, workers)
+        return run
+    try:
+        run.restore(saved, workers)
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"{Path(config.out) / checkpoint.STATE} does not fit this run ({type(error).__name__}: {error}); "
+                         "start anew in another folder.") from error
+    if not ended(run):
+        run.resumed.append({"step": run.step, "started": now(), "device": device.type, "processor": processor(device),
+                            "threads": torch.get_num_threads(), "processes": workers.size, **provenance()})
     return run
+
+
+def find_corpus(config: Config) -> Corpus:
+    """The corpus of a configuration; what is wrong with it names the setting."""
+    which = "corpus" if config.data_file is None else "data_file"
+    try:
+        return corpus(config.data_file or config.corpus, data_dir=config.data_dir, level=config.level,
+                      vocab_size=config.vocab_size)
+    except FileNotFoundError as error:
+        raise MissingFile(f"{{{which}}}: {error}") from None
+    except ValueError as error:
+        raise SettingError(f"{{{which}}}: {error}") from None
+
+
+def log_path(config: Config) -> Path | None:
+    """Where the log goes: OUT/log.jsonl where only a folder for checkpoints is given."""
+    return Path(config.log_file) if config.log_file else Path(config.out) / "log.jsonl" if config.out else None
+
+
+def check_places(config: Config, *logs: Lines) -> None:
+    """SettingError where a log would be written over something else, or the folder for checkpoints is a file."""
+    if config.out is not None and Path(config.out).exists() and not Path(config.out).is_dir():
+        raise SettingError(f"{{out}} {config.out} is a file; wanted a folder for checkpoints.")
+    taken: dict[str, str] = {}
+    if config.data_file is not None:
+        taken[os.path.realpath(config.data_file)] = "data_file"
+    for log in logs:
+        if log.path is None:
+            continue
+        log.check()
+        place = os.path.realpath(log.path)
+        if place in taken:
+            raise SettingError(f"{{{log.setting}}} {log.path} is also {{{taken[place]}}}; write another name.")
+        folder, name = os.path.split(place)
+        if config.out is not None and folder == os.path.realpath(config.out) and checkpoint.is_ours(name):
+            raise SettingError(f"{{{log.setting}}} {log.path} is the name of a checkpoint's file; write another name.")
+        taken[place] = log.setting
+
+
+def fits_memory(config: Config, vocab: int, device: torch.device, processes: int = 1) -> None:
+    """SettingError for sizes that need more memory than there is, by a lower bound in bytes: float32 weights of the dense
+    model, which is made on the CPU, and one process's tokens and logits of one step."""
+    c, most = config, memory_limit(torch.device("cpu"))
+    head = (1 if c.tied else 2) * vocab * c.d_model
+    if c.model == "gpt":
+        numbers = c.n_layers * (4 * c.d_model ** 2 + 2 * c.d_model * c.d_ff) + head + c.block_size * c.d_model
+        sizes = "{n_layers}, {d_model}, {d_ff}"
+    else:
+        numbers = vocab * (c.d_embed + c.d_model) + c.window * c.d_embed * c.d_model + c.d_model ** 2
+        sizes = "{d_model}, {d_embed}, {window}"
+    if most is not None and 4 * numbers > most:
+        raise SettingError(f"{sizes}: the dense model has {numbers:.3g} parameters, {4 * numbers / 2**30:,.0f} GiB, and this "
+                           f"machine has {most / 2**30:,.1f} GiB of memory. Write smaller sizes.")
+    most, tokens = memory_limit(device), c.batch_size // processes * c.block_size
+    if most is not None and tokens * (16 + 4 * vocab) > most:
+        raise SettingError(f"{{batch_size}} {c.batch_size}, {{block_size}} {c.block_size}: the logits of one step need "
+                           f"{4 * tokens * vocab / 2**30:,.0f} GiB, and {device} has {most / 2**30:,.1f} GiB of memory. "
+                           "Write smaller sizes.")
+
+
+def check_ranks(config: Config, recipe: Recipe, vocab: int) -> None:
+    """SettingError for --init-rank or --min-rank that the layers cannot have, told from their shapes alone."""
+    with torch.device("meta"):
+        model = make_model(config, vocab)
+    limits = {}
+    for name, x in model.named_modules():
+        if isinstance(x, nn.Linear) and block_linears(name) and picks(recipe.where, name):
+            limits[name] = min(x.out_features, x.in_features)
+            try:
+                check_rank(config.init_rank or 1, x.out_features, x.in_features, "{init_rank}", name)
+            except ValueError as error:
+                raise SettingError(str(error)) from None
+    if config.min_rank is not None and config.min_rank > max(limits.values(), default=math.inf):
+        raise SettingError(f"{{min_rank}} is {config.min_rank}, and no layer has a rank above {max(limits.values())}.")
 
 
 def _saved(config: Config, given: str) -> dict | None:
     """The checkpoint to go on from, or None.  ValueError when it is another run's, or would be overwritten."""
     if config.resume and config.out is None:
-        raise ValueError("--resume needs --out, the folder that holds the checkpoint.")
+        raise SettingError("{resume} needs {out}, the folder that holds the checkpoint.")
     if not config.resume:
         if config.out is not None and checkpoint.exists(config.out):
-            raise ValueError(f"{config.out} holds a checkpoint already; add --resume to go on from it, or choose "
-                             "another folder.")
+            raise SettingError(f"{{out}}: {config.out} holds a checkpoint already; add {flag('resume')} to go on from it, or "
+                               "choose another folder.")
         return None
     saved, mine = checkpoint.load(config.out), config.describe()
-    for key in mine.keys() - MOVABLE:
-        if saved["config"].get(key) != mine[key]:
-            raise ValueError(f"resume: {key} is {mine[key]!r}, but {saved['config'].get(key)!r} in the checkpoint.")
+    if not isinstance(saved, dict) or not STATE <= saved.keys() or not isinstance(saved["config"], dict):
+        lacks = sorted(STATE - saved.keys())[:1] if isinstance(saved, dict) else ["everything"]
+        raise ValueError(f"{Path(config.out) / checkpoint.STATE} is of another version of this program (it lacks "
+                         f"{', '.join(lacks)}); start anew in another folder.")
+    was = Config().describe() | saved["config"]         # a setting younger than the checkpoint stood at its default
+    differ = [key for key in mine if key not in MOVABLE | COMPARED_ELSEWHERE and was[key] != mine[key]]
+    if differ:
+        raise SettingError("resume: " + "; ".join(f"{{{key}}} is {mine[key]!r}, but {was[key]!r} in the checkpoint"
+                                                  for key in differ) + ".")
     if saved["recipe"] != given:
-        raise ValueError(f"resume: the recipe is {given}, but {saved['recipe']} in the checkpoint.")
+        raise SettingError(f"resume: the {{recipe}} is {given}, but {saved['recipe']} in the checkpoint.")
     return saved
 
 
@@ -159,13 +276,13 @@ def adjust(recipe: Recipe, config: Config) -> Recipe:
     """The recipe with --init-rank and --min-rank.  ValueError where it has no such thing."""
     if config.init_rank is not None:
         if recipe.rank is None:
-            raise ValueError(f"recipe {recipe.name!r} is dense and has no ranks; leave out --init-rank.")
+            raise SettingError(f"{{recipe}} {recipe.name!r} is dense and has no ranks; leave out {flag('init_rank')}.")
         recipe = replace(recipe, rank=config.init_rank)
     if config.min_rank is not None:
         try:
             recipe = replace(recipe, control=each(recipe.control, min_rank=config.min_rank))
         except TypeError:                               # no such field
-            raise ValueError(f"recipe {recipe.name!r} chooses ranks by {recipe.control}, which knows no least rank; "
+            raise SettingError(f"{{recipe}} {recipe.name!r} chooses ranks by {recipe.control}, which knows no least rank; "
                              "leave out --min-rank.") from None
     return recipe
 

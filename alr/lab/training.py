@@ -6,10 +6,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from ..adapt import Recipe
-from .config import Config
+from . import checkpoint
+from .config import Config, SettingError
+from .files import held
 from .loop import Loop
 from .processes import Workers
 from .run import Run, ended, opening, prepare
@@ -25,27 +29,53 @@ def train(config: Config = Config(), recipe: Recipe | None = None, callback: Cal
     quiet: no progress bar.
 
     ValueError and FileNotFoundError for settings that cannot be had, before any file is written.  FloatingPointError
-    when the loss is no number any more.  Ctrl-C (and SIGTERM) stops after the step that is under way, writes a
-    checkpoint if config.out is given, and raises KeyboardInterrupt; a second one stops at once.
+    when the loss is no number any more.  Ctrl-C (and SIGTERM, and SIGHUP) stops after the step that is under way, writes
+    a checkpoint if config.out is given, and raises KeyboardInterrupt; a second one stops at once.  config.out and the log
+    are held while this goes on: another process that would write there is refused.
     """
     workers = Workers()
-    run = prepare(config, recipe, workers)
-    if ended(run):                                      # resumed after its end: there is nothing left to do
-        workers.stop()
-        return run
-    if not run.log:
-        run.writer.write("run", **opening(run, config.recipe if recipe is not None else None))
-    loop = Loop(run, workers, callback, quiet)
-    try:
-        with Stop(patience=2.0 if workers.size > 1 else 0.0) as stop:
-            loop.go(stop)
-    except KeyboardInterrupt:
-        if loop.whole and run.running.isfinite():       # weights that have diverged replace no better ones
-            loop.lap("work")
-            loop.save()
-        raise
-    finally:
-        loop.bar.close()
-        run.writer.close()
-        workers.stop()
+    with contextlib.ExitStack() as stack:
+        stack.callback(workers.stop)
+        folder = Path(config.out) if config.out is not None and workers.rank == 0 else None
+        if folder is not None and folder.is_dir():      # before anything there is read
+            stack.enter_context(claim(folder))
+        run = prepare(config, recipe, workers)
+        if ended(run):                                  # resumed after its end: there is nothing left to do
+            return run
+        if folder is not None and not folder.is_dir():
+            stack.enter_context(claim(folder))
+            if checkpoint.exists(folder):               # another process was here between our look and our claim
+                raise SettingError(f"{{out}}: {folder} holds a checkpoint already; choose another folder.")
+        stack.callback(run.writer.close)
+        stack.callback(run.seed_log.close)
+        run.writer.open()
+        run.seed_log.open()
+        if not run.log:
+            run.writer.write("run", **opening(run, config.recipe if recipe is not None else None))
+        loop = Loop(run, workers, callback, quiet)
+        stack.callback(loop.bar.close)
+        try:
+            with Stop(patience=2.0 if workers.size > 1 else 0.0) as stop:
+                loop.go(stop)
+        except KeyboardInterrupt:
+            if loop.whole and run.running.isfinite():   # weights that have diverged replace no better ones
+                loop.lap("work")
+                loop.save()
+            raise
     return run
+
+
+@contextlib.contextmanager
+def claim(folder: Path) -> Iterator[None]:
+    """A context in which this process alone writes to a folder, which is made, and goes again if it is left empty."""
+    made = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    with held(folder) as mine:
+        if not mine:
+            raise SettingError(f"{{out}} {folder} is in use by another process; wait for its end, or choose another folder.")
+        try:
+            yield
+        finally:
+            if made:
+                with contextlib.suppress(OSError):      # it is not empty, as a rule
+                    folder.rmdir()

@@ -168,6 +168,23 @@ def test_the_logged_command_repeats_the_run(small, tmp_path):
     assert timeless(train(again, quiet=True))[1:] == timeless(run)[1:]
 
 
+def test_the_seed_log_has_the_originals_nine_keys(small, tmp_path):
+    """What a reader of the original's logs does with them: every line is an epoch with these keys, and no other."""
+    path, out = tmp_path / "seed.jsonl", str(tmp_path / "out")
+    with pytest.raises(KeyboardInterrupt):
+        train(replace(small, epochs=3, seed_log=str(path), out=out), callback=stop_at(9), quiet=True)
+    run = train(replace(small, epochs=3, seed_log=str(path), out=out, resume=True), quiet=True)
+    epochs = [json.loads(line) for line in lines(path)]
+    keys = "epoch train_loss val_loss rank_min rank_max rank_avg ranks params_millions time_sec"
+    assert [" ".join(x) for x in epochs] == [keys] * 3
+    assert epochs == [{k: x[k] for k in keys.split()} for x in run.log if x["kind"] == "epoch"]
+    folder = os.environ.get("ALR_DATA")
+    published = os.path.join(folder or "", "seed-logs", "v10_log.jsonl")
+    if folder and os.path.exists(published):
+        with open(published, encoding="utf-8") as file:
+            assert " ".join(json.loads(file.readline())) == keys
+
+
 def test_a_dense_log_has_no_ranks(small):
     run = train(replace(small, recipe="dense", init_rank=None, min_rank=None), quiet=True)
     epoch = next(x for x in run.log if x["kind"] == "epoch")
@@ -299,15 +316,26 @@ def test_every_recipe_trains_saves_and_resumes(small, tmp_path, name):
 
 @pytest.mark.parametrize("flags, words", [
     ("--recipe v99", "recipe 'v99'"), ("--recipe v3 --init-rank 99", "rank 99"),
-    ("--data-file nope", "unknown name 'nope'"),
-    ("--corpus wikitext-2", "are both given; leave one out"),
-    ("--data-file missing.txt", "no file 'missing.txt'"), ("--device tpu", "device 'tpu' is not known; here there are"),
-    ("--device cuda:77", "is not here"), ("--block-size 5000", "block_size 5000 is longer than the text"),
-    ("--n-heads 3", "d_model 16 is not divisible by n_heads 3"), ("--recipe dense", "leave out --init-rank"),
-    ("--recipe uniform", "leave out --min-rank"), ("--resume", "no checkpoint in"), ("--data-file empty.txt", "empty"),
-    ("--data-file binary.txt", "UTF-8"), ("--lr 1e30", "not finite any more by step"), ("--init-rank 17", "rank 17"),
-    ("--init-rank 1.5", "init_rank is 1.5"),
-    ("--lr -1", "lr is -1.0; wanted a number above 0"), ("--init-rank 0", "init_rank is 0"), ("--bogus", "bogus")])
+    ("--data-file nope", "--data-file: corpus: unknown name 'nope'"),
+    ("--corpus wikitext-2", "--corpus wikitext-2 are both given; leave one out"),
+    ("--data-file missing.txt", "--data-file: corpus: no file 'missing.txt'"),
+    ("--device tpu", "--device 'tpu' is not known; here there are"), ("--device cuda:77", "is not here"),
+    ("--block-size 5000", "--block-size 5000 is longer than the text"), ("--recipe dense", "leave out --init-rank"),
+    ("--n-heads 3", "--d-model 16 is not divisible by --n-heads 3"), ("--recipe uniform", "leave out --min-rank"),
+    ("--resume", "no checkpoint in"), ("--data-file empty.txt", "empty"), ("--data-file binary.txt", "UTF-8"),
+    ("--lr 1e30", "not finite any more by step"), ("--init-rank 17", "rank 17"), ("--init-rank 1.5", "--init-rank is 1.5"),
+    ("--lr -1", "--lr is -1.0; wanted a number above 0"), ("--init-rank 0", "--init-rank is 0"), ("--bogus", "bogus"),
+    ("--rest-lr nan", "--rest-lr is nan"), ("--model mlp --window 0", "--window is 0"), ("--dropout 1", "--dropout is 1.0"),
+    ("--seed 18446744073709551616", "--seed is 18446744073709551616"), ("--keep 0", "--keep is 0"),
+    ("--threads 100000", "--threads is 100000; on this machine write at most"), ("--vocab-size 1", "--vocab-size is 1"),
+    ("--save-every 0m", "--save-every is '0m'; wanted steps (500) or minutes (10m)"), ("--save-every soon", "--save-every"),
+    ("--min-rank 1000000", "--min-rank is 1000000, and no layer has a rank above 16"),
+    ("--d-ff 99999999999999999999", "--n-layers, --d-model, --d-ff: the dense model has 3.2e+21 parameters"),
+    ("--n-layers 99999999999999999999", "Write smaller sizes"), ("--model mlp --d-embed 99999999999999", "--d-embed"),
+    ("--batch-size 99999999999999999999", "--batch-size 99999999999999999999, --block-size 16: the logits of one step need"),
+    ("--data-file=", "--data-file is '', which names nothing"), ("--data-dir=", "--data-dir is ''"),
+    ("--log-file=", "--log-file is ''"), ("--out=", "--out is ''"), ("--seed-log=", "--seed-log is ''"),
+    ("--recipe=", "--recipe is ''"), ("--log-file binary.txt", "--log-file binary.txt is there and is no log of a run")])
 def test_bad_input_is_one_message_an_exit_code_and_no_file(small, tmp_path, monkeypatch, capfd, flags, words):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.txt").write_text("")
@@ -318,6 +346,7 @@ def test_bad_input_is_one_message_an_exit_code_and_no_file(small, tmp_path, monk
     except SystemExit as stop:                          # what tyro itself refuses
         status = stop.code
     assert status not in (0, None)
+    torch.set_num_threads(1)
     said = " ".join(capfd.readouterr().err.split("\r")[-1].replace("│", " ").split())
     assert words in said and "Traceback" not in said
     files = {"empty.txt", "binary.txt"}
@@ -329,13 +358,54 @@ def test_bad_input_is_one_message_an_exit_code_and_no_file(small, tmp_path, monk
 
 
 @pytest.mark.parametrize("bad, words", [
-    (dict(batch_size=0), "batch_size is 0"), (dict(schedule="linear"), "it is one of constant, cosine"),
+    (dict(batch_size=0), "batch_size is 0"), (dict(schedule="linear"), "wanted one of constant, cosine"),
+    (dict(epochs="2"), "epochs is '2'; wanted a whole number"), (dict(lr=True), "lr is True; wanted a number"),
+    (dict(d_model=16.5), "d_model is 16.5; wanted a whole number"), (dict(level="line"), "level is 'line'; wanted one of word"),
+    (dict(data_file=""), "data_file is '', which names nothing"),
     (dict(eval_tokens=0), "eval_tokens is 0"), (dict(end_tokens=0), "end_tokens is 0"),
     (dict(grad_clip=0.0), "grad_clip is 0.0"),
     (dict(weight_decay=-1.0), "weight_decay is -1.0; wanted 0 or more")])
 def test_a_config_refuses_what_makes_no_sense(bad, words):
     with pytest.raises(ValueError, match=words):
         Config(**bad)
+
+
+def test_what_was_set_and_is_not_read_is_said(capsys, monkeypatch):
+    assert Config().unread() == Config(optimizer="muon", muon_lr=0.1).unread() == Config(out="x", keep=2).unread() == []
+    monkeypatch.setattr("alr.lab.command.train", lambda config: Run(*[None] * 9))
+    monkeypatch.setattr("alr.lab.run.Run.log", [])
+    assert main("--pairs-lr 7 --momentum 3 --window 99 --keep 2".split()) == 0
+    assert capsys.readouterr().err.splitlines() == [
+        "train: note: --keep is not read by a run without --out.",
+        "train: note: --momentum is not read by --optimizer adamw.",
+        "train: note: --pairs-lr is not read by --optimizer adamw.",
+        "train: note: --window is not read by --model gpt."]
+    assert Config(model="mlp", dropout=0.5).unread() == ["{dropout} is not read by {model} mlp."]
+
+
+@pytest.mark.parametrize("step, out, words", [(1, None, "nothing was kept, --out FOLDER"), (1, "out", "go on with --resume"),
+                                              (None, "out", "nothing was begun")])
+def test_the_advice_to_resume_is_given_where_there_is_something(small, tmp_path, monkeypatch, capsys, step, out, words):
+    import tyro
+
+    from alr.lab import command
+    monkeypatch.chdir(tmp_path)
+    if step is None:                                    # Ctrl-C while the flags are read
+        monkeypatch.setattr(tyro, "cli", lambda *a, **k: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr(command, "train", lambda config: train(config, callback=stop_at(step), quiet=True))
+    argv = shlex.split(small.command())[3:] + (["--out", out] if out else [])
+    assert main(argv) == 130
+    err = capsys.readouterr().err
+    assert words in err and err.startswith("train: interrupted; ") and err.count("\n") == 1
+
+
+def test_ctrl_c_during_start_up_is_quiet(tmp_path):
+    """While `python -m alr.train` loads its modules there is nothing to lose and nothing to show."""
+    (tmp_path / "torch.py").write_text("import os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(9)")
+    env = environment()
+    env["PYTHONPATH"] = f"{tmp_path}{os.pathsep}{env['PYTHONPATH']}"
+    done = subprocess.run([sys.executable, "-m", "alr.train"], env=env, capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
 
 
 def test_another_run_is_neither_overwritten_nor_resumed(small, tmp_path):
@@ -348,7 +418,7 @@ def test_another_run_is_neither_overwritten_nor_resumed(small, tmp_path):
     with pytest.raises(ValueError, match="resume: the recipe is"):
         train(replace(mine, resume=True), recipe=recipes.alr, quiet=True)
     (tmp_path / "out" / "state.pt").write_bytes(b"rubbish")
-    with pytest.raises(ValueError, match="state.pt cannot be read"):
+    with pytest.raises(ValueError, match="state.pt is no checkpoint of this program"):
         train(replace(mine, resume=True), quiet=True)
 
 
