@@ -7,7 +7,7 @@ document.addEventListener("DOMContentLoaded", () => {
   const dialog = document.createElement("dialog");
   dialog.className = "alr-large";
   dialog.setAttribute("aria-label", "figure, enlarged");
-  dialog.innerHTML = '<form method="dialog"><button>Close</button></form><div tabindex="0" role="group" aria-label="the figure"><img alt=""></div><p></p>';
+  dialog.innerHTML = '<form method="dialog"><button>Close</button></form><div tabindex="0" role="group" aria-label="the figure"></div><p></p>';
   document.body.append(dialog);
   dialog.addEventListener("click", (event) => { if (event.target === dialog) dialog.close(); });      // beside it
   content.querySelectorAll("figure img, .cell_output img").forEach((img) => {
@@ -19,9 +19,10 @@ document.addEventListener("DOMContentLoaded", () => {
     img.replaceWith(button);
     button.append(img);
     button.addEventListener("click", () => {
-      const large = dialog.querySelector("img");
+      const large = document.createElement("img");
       large.src = img.src;
       large.alt = img.alt;
+      dialog.querySelector("div").replaceChildren(large);
       const caption = button.closest("figure")?.querySelector("figcaption") ?? button.closest(".cell")?.querySelector("figcaption");
       dialog.querySelector("p").textContent = caption ? caption.textContent.replace(/#$/, "").trim() : "";
       dialog.showModal();

@@ -86,14 +86,14 @@
 
   // Axes with a few ticks; those of y carry lines.  Without a name, x has no ticks.
   const axes = (svg, x, y, xs, ys, xName, yName) => {
-    const [left, right, top, bottom] = [x(xs[0]), x(xs[xs.length - 1]), y(ys[ys.length - 1]), y(ys[0])];
+    const [left, right, bottom] = [x(xs[0]), x(xs[xs.length - 1]), y(ys[0])];
     for (const v of ys) {
       svg.append(make("line", { x1: left, x2: right, y1: y(v), y2: y(v), stroke: "#e0e0e0" }),
                  text(left - 6, y(v) + 4, words(v), { "text-anchor": "end" }));
     }
     for (const v of xName ? xs : []) svg.append(text(x(v), bottom + 18, words(v), { "text-anchor": "middle" }));
     svg.append(make("line", { x1: left, x2: right, y1: bottom, y2: bottom, stroke: "#555" }),
-               text(right, bottom + 36, xName, { "text-anchor": "end" }), text(left, top - 8, yName));
+               text(right, bottom + 36, xName, { "text-anchor": "end" }), text(left, 18, yName));
   };
   const ticks = (high, n) => {
     const rough = high / n, power = 10 ** Math.floor(Math.log10(rough));
@@ -169,7 +169,7 @@
                  line(data.start.map((s, i) => [i + 1, s]), x, y, GREY), line(data.trained.map((s, i) => [i + 1, s]), x, y, BLUE),
                  make("line", { x1: x(cost.break_even), x2: x(cost.break_even), y1: 30, y2: 270, stroke: VERMILION, "stroke-dasharray": "3 3" }),
                  text(x(cost.break_even) - 6, 44, "break-even", { "text-anchor": "end", fill: "#c25600" }),
-                 text(250, 317, "blue: trained; grey: at the start", { "text-anchor": "middle" }));
+                 text(50, 326, "blue: trained; grey: at the start"));
       // the three ways to hold the layer, drawn to one scale: an area is a number of parameters
       const unit = 120 / m, shape = (left, top, rows, columns, colour) => make("rect", {
         x: left, y: top, width: Math.max(columns * unit, 1), height: Math.max(rows * unit, 1), fill: colour, opacity: 0.75 });

@@ -70,8 +70,8 @@ WIDE = "[...document.querySelectorAll('.bd-content *')].filter(e => e.getBoundin
        "&& !e.closest('pre, .alr-html, .text_html, .alr-scroll, .cell_output, mjx-container, div.math, dialog')).slice(0, 3)" \
        ".map(e => e.outerHTML.slice(0, 120))"
 BROKEN = "[...document.images].filter(i => !i.complete || !i.naturalWidth).map(i => i.src)"
-NAMELESS = "[...document.querySelectorAll('.bd-content img')].filter(i => !(i.alt || '').trim() || /\\.png$/.test(i.alt)" \
-           " && !i.closest('dialog')).map(i => i.src.split('/').pop())"
+NAMELESS = "[...document.querySelectorAll('.bd-content img')].filter(i => !i.alt.trim() || /\\.png$/.test(i.alt))" \
+           ".map(i => i.src.split('/').pop())"
 
 
 def test_no_page_is_heavy():
