@@ -47,7 +47,7 @@ def test_the_findings_of_the_front_page_are_those_of_the_register():
     for key, sign in SIGNS.items():
         assert min(sign * claims[key]["low"], sign * claims[key]["high"]) > 0, f"{key} no longer has that sign for sure"
     assert claims["leak_needs_no_low_rank"]["high"] < 0                                     # "so does a dense model"
-    assert claims["alr_beats_uniform"]["low"] < 0 < claims["alr_beats_uniform"]["high"]     # "by words no difference shows"
+    assert claims["alr_beats_uniform"]["low"] < 0 < claims["alr_beats_uniform"]["high"]     # "in words, no difference shows"
 
 
 def test_no_page_says_that_the_repair_adds_nothing_new():
