@@ -1,6 +1,6 @@
 """Adaptive low-rank training: every linear layer as W = U V, every layer finding its own rank while it trains.
 
-    alr.factorize_(model, rank=0.5)
+    alr.factorize_(model, rank=1.0)
     optimizer = alr.PairOptimizer(model)
     adapter = alr.RankAdapter(model, optimizer, alr.recipes.alr, total_steps=10_000)
     ...

@@ -20,8 +20,9 @@ from torch.optim.adamw import adamw
 
 from .factor import working
 from .linear import low_rank_layers, refuse_wrapped, unwrapped
-from .rules import SCALES, Pair, Rule, Settings, Spectron, exact
+from .rules import SCALES, Pair, Rule, Settings, exact
 from .state import Swap
+from .tangent import Tangent
 
 DECAYS = ("factors", "product")
 
@@ -33,8 +34,9 @@ class PairOptimizer(Optimizer):
     {"pairs": [(U, V), ...], "lr": ...} and {"params": [...], "lr": ...}, the latter for AdamW.  Schedulers, GradScaler,
     transformers' Trainer, Lightning and accelerate take it as any other optimizer.
 
-    lr: the spectral norm of a step of W (0.03: ours, between 0.015 and 0.06, which single runs on words and on characters
-    chose).  adjust_lr_fn: by what lr is multiplied for a layer of a certain shape, under the names and with the default of
+    rule: how a pair steps (`rules.Rule`); Muon on rank-r matrices if not said, which ended lowest (chapter 18).
+    lr: the spectral norm of a step of W (0.02: Muon's own; the best of 0.01, 0.02 and 0.04 in the suite equal_rates; for
+    `Spectron` 0.06 was).  adjust_lr_fn: by what lr is multiplied for a layer of a certain shape, under the names and with the default of
     torch.optim.Muon: "original", sqrt(max(1, m / n)); "match_rms_adamw"; or "none".
     momentum 0.95, nesterov, ns_steps 5: Muon's.
     weight_decay: decoupled; decay says of what: "factors", both by half, so that W shrinks by lr * weight_decay, or
@@ -54,12 +56,12 @@ class PairOptimizer(Optimizer):
 
     transportable = True
 
-    def __init__(self, params: nn.Module | Iterable, lr: float = 0.03, momentum: float = 0.95, nesterov: bool = True,
+    def __init__(self, params: nn.Module | Iterable, lr: float = 0.02, momentum: float = 0.95, nesterov: bool = True,
                  weight_decay: float = 0.0, decay: str = "factors", ns_steps: int = 5, adjust_lr_fn: str | None = "original",
-                 rule: Rule = Spectron(), rest_lr: float = 0.01, rest_betas: tuple[float, float] = (0.9, 0.999),
+                 rule: Rule = Tangent(), rest_lr: float = 0.01, rest_betas: tuple[float, float] = (0.9, 0.999),
                  rest_eps: float = 1e-8, rest_weight_decay: float = 0.01):
         if not isinstance(rule, Rule):
-            raise ValueError(f"PairOptimizer: rule is {rule!r}; wanted a value such as Spectron().")
+            raise ValueError(f"PairOptimizer: rule is {rule!r}; wanted a value such as Tangent().")
         self.rule = rule
         self.pair_defaults = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay,
                               "decay": decay, "ns_steps": ns_steps, "adjust_lr_fn": adjust_lr_fn or "none"}

@@ -11,8 +11,9 @@ import alr
 from alr.linear import factorize_, low_rank_layers
 from alr.optim import PairOptimizer, pairs
 from alr.resize import SvdCore
-from alr.rules import orthogonalize, whitener
+from alr.rules import Spectron, orthogonalize, whitener
 from alr.state import Reset, Slice, Swap, Transport
+from alr.tangent import Tangent
 
 
 def net(rank=4):
@@ -49,14 +50,15 @@ def test_padding_and_batching_change_nothing():
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("rule", [Tangent(), Spectron()], ids=repr)
 @pytest.mark.parametrize("scale", [0.01, 1.0, 30.0])
 @pytest.mark.parametrize("rank", [1, 4, 11])
-def test_a_step_moves_the_product_by_at_most_lr(scale, rank):
+def test_a_step_moves_the_product_by_at_most_lr(scale, rank, rule):
     torch.manual_seed(1)
     layer = alr.LowRankLinear(12, 20, rank, bias=False)
     with torch.no_grad():
         layer.U.mul_(scale)
-    optimizer = PairOptimizer([(layer.U, layer.V)], lr=0.05)
+    optimizer = PairOptimizer([(layer.U, layer.V)], lr=0.05, rule=rule)
     for _ in range(5):
         before = layer.weight.detach().clone()
         layer.zero_grad()
@@ -64,20 +66,21 @@ def test_a_step_moves_the_product_by_at_most_lr(scale, rank):
         optimizer.step()
         moved = torch.linalg.matrix_norm(layer.weight.detach() - before, 2)
         assert 0 < moved <= 0.05 * 1.25 * (20 / 12) ** 0.5          # orthogonalised: at most about 1.2; shape scale
-    if scale < 1:                       # tiny factors turn faster than one iteration a step follows; + 1 bounds them
+    if scale < 1 or rule == Tangent():  # tiny factors turn faster than one iteration a step follows; + 1 bounds them
         return
     sigma = torch.linalg.matrix_norm(layer.U.detach(), 2)
     direction = optimizer.state[layer.U]["direction"]
     assert torch.linalg.vector_norm(layer.U.detach().mT @ direction) > 0.9 * sigma
 
 
-def test_decay_shrinks_the_product():
+@pytest.mark.parametrize("rule, left", [(Tangent(), 1 - 0.1 * 0.1), (Spectron(), (1 - 0.1 * 0.1 / 2) ** 2)])
+def test_decay_shrinks_the_product(rule, left):
     model = net()
     W = low_rank_layers(model)["0"].weight.detach().clone()
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
-    PairOptimizer(pairs(model), lr=0.1, weight_decay=0.1).step()
-    torch.testing.assert_close(low_rank_layers(model)["0"].weight, W * (1 - 0.1 * 0.1 / 2) ** 2)
+    PairOptimizer(pairs(model), lr=0.1, weight_decay=0.1, rule=rule).step()
+    torch.testing.assert_close(low_rank_layers(model)["0"].weight, W * left)
 
 
 @pytest.mark.parametrize("policy", [Transport(), Slice(), Reset(everything=False), Reset(everything=True)])
@@ -101,7 +104,7 @@ def test_transport_carries_momentum_of_the_product():
     # g_U' = g_U T_U: the momentum in the new basis is the one that the new factors would have gathered
     model = net()
     layer = low_rank_layers(model)["0"]
-    optimizer = PairOptimizer(pairs(model), lr=1e-9)
+    optimizer = PairOptimizer(pairs(model), lr=1e-9, rule=Spectron())
     grads(model)
     optimizer.step()
     U, V = layer.U, layer.V

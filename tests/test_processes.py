@@ -27,6 +27,7 @@ from alr.group import Group
 from alr.linear import factorize_
 from alr.observe import Observer
 from alr.resize import GrowAlongGradient
+from alr.rules import Spectron
 from alr.state import Reset
 from alr.tangent import Tangent
 
@@ -89,7 +90,7 @@ def share(name, i, rank, size):
 def trained(name, rank=0, size=1):
     model = made(name)
     torch.manual_seed(rank)                                         # processes draw other numbers
-    optimizer = OPTIMIZERS.get(name, lambda model: alr.PairOptimizer(model, lr=0.02))(model)
+    optimizer = OPTIMIZERS.get(name, lambda model: alr.PairOptimizer(model, lr=0.02, rule=Spectron()))(model)
     adapter, events = alr.RankAdapter(model, optimizer, RECIPES[name], total_steps=STEPS), []
     for i in range(STEPS):
         x, y = share(name, i, rank, size)

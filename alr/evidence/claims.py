@@ -51,7 +51,7 @@ def _values(key, claim, suite, arm) -> pd.Series:
 
 def compute_one(key: str, claim: dict, suite: Runs | None) -> dict:
     """One entry of claims.json: what was claimed, what the records say, and the verdict.  suite None: not recorded."""
-    kind = "mean" if "single" in claim else "ratio of means" if claim.get("ratio") else "difference of means"
+    kind = "ratio of means" if claim.get("ratio") else "mean" if no_difference(claim) is None else "difference of means"
     source = ", ".join(f"data/runs/{name}" for name in named(claim))
     out = {"text": claim["text"], "value": None, "low": None, "high": None, "unit": claim["unit"], "n": 0, "p": None,
            "verdict": "not recorded", "source": source, "chapter": claim["chapter"], "format": claim.get("format", ".3f"),

@@ -21,9 +21,9 @@ repaired = Recipe("repaired", rank=64, init=Spectral(), estimate=StableRank(), c
                   resize=SvdCore(), state=Transport(), every=200, epoch=200, cap="break-even",
                   about="v10 repaired: exact estimate, QR-core resize, moments carried over, no rank above break-even")
 
-# ours: start wide, shrink to a sixth of the dense size over four fifths of training, importance and cut in the metric of the
-# loss; made for optimizer="pairs".  Before: estimate=Spectrum(), control=Budget(), resize=SvdCore()
-alr = Recipe("alr", rank=64, init=Spectral(), estimate=FisherSpectrum(),
+# ours: start with as many numbers as dense, shrink to a sixth over four fifths of training, importance and cut in the metric of
+# the loss; made for alr.PairOptimizer.  Start and end: suite equal_schedule.  Before: rank=64
+alr = Recipe("alr", rank=1.0, init=Spectral(), estimate=FisherSpectrum(),
              control=Budget(share=1 / 6, end=0.8, per_parameter=True), resize=FisherCut(), state=Transport(),
              every=50, epoch=200, cap="break-even",
              about="starts wide and shrinks to a budget that all layers share by what the loss would lose")
