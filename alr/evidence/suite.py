@@ -29,18 +29,22 @@
 
 from __future__ import annotations
 
+import math
 import random
 import tomllib
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 from .. import recipes
 from ..adapt import Recipe
 from ..control import Schedule
-from ..lab.config import Config
+from ..lab.config import PLACES, Config
 from .paths import DATA
 from .records import run_and_end
 
+# what a suite may set: not what the sweep decides for every run
+SETTINGS = {f.name for f in fields(Config)} - {"recipe", "seed"} - set(PLACES) | {"data_dir"}
 HOW = ("same", "mean", "permuted", "cut")
 
 
@@ -107,7 +111,7 @@ class Suite:
         jobs = []
         for arm in self.arms:
             key, values = self.grid(arm)
-            jobs += [Job(self.name, arm, self.config(arm, seed, **self.tune.set, **{key: value}), tuned=key)
+            jobs += [Job(self.name, arm, self.config(arm, seed, **{**self.tune.set, key: value}), tuned=key)
                      for value in values for seed in self.tune.seeds]
         return jobs
 
@@ -116,28 +120,42 @@ class Suite:
         (key, values), = (arm.grid or self.tune.grid).items()
         return key, values if arm.tune else []
 
-    def choose(self, data: Path) -> dict[str, dict]:
-        """{arm: {field: value}} with the lowest mean final validation loss over the tune seeds; arms not yet tuned are
-        left out.  The rule stands in the suite file, before any run."""
-        chosen = {}
-        if self.tune is None:
-            return chosen
-        for arm in self.arms:
-            losses, (key, values) = {}, self.grid(arm)
-            for job in self.tuning_jobs():
-                if job.arm == arm and job.path(data).exists():
-                    losses.setdefault(getattr(job.config, key), []).append(run_and_end(job.path(data))[1]["val_loss"])
-            if values and len(losses) == len(values) and all(len(v) == len(self.tune.seeds) for v in losses.values()):
-                chosen[arm.name] = {key: min(losses, key=lambda value: sum(losses[value]))}
-        return chosen
+    def chosen(self, arm: Arm, data: Path) -> dict | None:
+        """The tuned field of one arm and the value of the lowest mean final val_loss; None until all of its grid is there.
 
-    def jobs(self, data: Path) -> list[Job]:
-        """The runs that count, arms whose ranks come from another arm last; only arms whose tuning is finished."""
-        chosen = self.choose(data)
-        ready = [arm for arm in self.arms if self.tune is None or not arm.tune or arm.name in chosen]
+        A value whose run diverged has the loss inf.  ValueError when all of them did.
+        """
+        if self.tune is None or not arm.tune:
+            return {}
+        losses, (key, values) = {}, self.grid(arm)
+        for job in self.tuning_jobs():
+            if job.arm == arm and job.path(data).exists():
+                losses.setdefault(getattr(job.config, key), []).append(run_and_end(job.path(data))[1]["val_loss"])
+        if len(losses) < len(values) or any(len(found) < len(self.tune.seeds) for found in losses.values()):
+            return None
+        best = min(losses, key=lambda value: sum(losses[value]))
+        if not sum(losses[best]) < math.inf:
+            raise ValueError(f"suite {self.name}, arm {arm.name!r}: every {key} of {values} diverged; write lower ones.")
+        return {key: best}
+
+    def choose(self, data: Path) -> dict[str, dict]:
+        """The field and value that the rule picked, by arm, where all tuning runs of that arm are recorded."""
+        found = {arm.name: self.chosen(arm, data) for arm in self.arms}
+        return {name: value for name, value in found.items() if value}
+
+    def jobs(self, data: Path, arms: Collection[Arm] | None = None) -> list[Job]:
+        """The runs that count, arms whose ranks come from another arm last; only arms whose tuning is finished.
+
+        arms: of these alone; of all if not said.
+        """
+        values = {arm.name: self.chosen(arm, data) for arm in self.arms if arms is None or arm in arms}
+        ready = [arm for arm in self.arms if values.get(arm.name) is not None]
         ready.sort(key=lambda arm: arm.ranks_from is not None)
-        return [Job(self.name, arm, self.config(arm, seed, **chosen.get(arm.name, {})))
-                for seed in self.seeds for arm in ready if arm.seeds is None or seed in arm.seeds]
+        return [Job(self.name, arm, self.config(arm, seed, **values[arm.name]))
+                for seed in self.seeds for arm in ready if seed in self.seeds_of(arm)]
+
+    def seeds_of(self, arm: Arm) -> tuple[int, ...]:
+        return self.seeds if arm.seeds is None else arm.seeds
 
     def recipe(self, job: Job, data: Path) -> Recipe:
         """The job's recipe as a value; reads the other arm's record where ranks come from one.  FileNotFoundError if it
@@ -181,55 +199,153 @@ def borrowed(end: dict, how: str, config: Config) -> dict[str, int]:
 def load(path: str | Path) -> Suite:
     """A suite file, checked whole before any run: ValueError says which key of which arm is wrong and what is known."""
     path = Path(path)
-    if not path.exists():
+    if not path.is_file():
         known = sorted(p.stem for p in (DATA / "suites").glob("*.toml"))
         raise ValueError(f"suite {str(path)!r} is not there; there are {', '.join(known) or 'none'} in {DATA / 'suites'}.")
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: {error}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 at byte {error.start}.") from None
     _known(raw, {"about", "seeds", "base", "tune", "thin", "arms"}, f"{path}")
-    _known(raw.get("thin", {}), {"every", "window"}, f"{path}: [thin]")
-    config_keys = {f.name for f in fields(Config)}
-    _known(raw.get("base", {}), config_keys, f"{path}: [base]")
+    base, thin = _table(raw, "base", SETTINGS, f"{path}: [base]"), _table(raw, "thin", {"every", "window"}, f"{path}: [thin]")
+    for key, least in (("every", 1), ("window", 0)):
+        if key in thin and not (_whole(thin[key]) and thin[key] >= least):
+            raise ValueError(f"{path}: [thin] {key} is {thin[key]!r}; wanted a whole number of at least {least}.")
+    if not isinstance(raw.get("about", ""), str):
+        raise ValueError(f"{path}: about is {raw['about']!r}; wanted a text.")
     if not raw.get("arms") or not raw.get("seeds"):
         raise ValueError(f"{path}: a suite needs seeds = [...] and at least one [[arms]].")
-    arms = []
-    for entry in raw["arms"]:
-        where = f"{path}: arm {entry.get('name', '(no name)')!r}"
-        _known(entry, {f.name for f in fields(Arm)}, where)
-        _known(entry.get("set", {}), config_keys, f"{where}, set")
-        if "grid" in entry:
-            _known(entry["grid"], config_keys, f"{where}, grid")
-        if "name" not in entry or "recipe" not in entry:
-            raise ValueError(f"{where}: an arm needs a name and a recipe.")
-        try:
-            recipes.parse(entry["recipe"])
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from None
-        if not set(entry.get("seeds", ())) <= set(raw["seeds"]):
-            raise ValueError(f"{where}: seeds {entry['seeds']} are not all among the suite's, {raw['seeds']}.")
-        arms.append(Arm(**{k: tuple(v) if k == "seeds" else v for k, v in entry.items()}))
-    names = [arm.name for arm in arms]
-    if len(set(names)) < len(names):
-        raise ValueError(f"{path}: two arms share a name; each needs its own.")
+    if not isinstance(raw["arms"], list) or not all(isinstance(entry, dict) for entry in raw["arms"]):
+        raise ValueError(f"{path}: arms is no list of tables; write [[arms]] above each arm.")
+    seeds = _seeds(raw["seeds"], f"{path}: seeds")
+    tune = _tune(raw, path)
+    arms = tuple(_arm(entry, seeds, tune, path) for entry in raw["arms"])
+    _check_sources(arms, path)
+    suite = Suite(path.stem, raw.get("about", ""), seeds, base, arms, tune, thin)
+    _check_configs(suite, path)
+    return suite
+
+
+def _arm(entry: dict, seeds: tuple[int, ...], tune: Tune | None, path: Path) -> Arm:
+    where = f"{path}: arm {entry.get('name', '(no name)')!r}"
+    _known(entry, {f.name for f in fields(Arm)}, where)
+    for key in ("name", "recipe", "ranks_from", "ranks_how"):
+        if not isinstance(entry.get(key, ""), str):
+            raise ValueError(f"{where}: {key} is {entry[key]!r}; wanted a text.")
+    if "name" not in entry or "recipe" not in entry:
+        raise ValueError(f"{where}: an arm needs a name and a recipe.")
+    _check_name(entry["name"], where)
+    try:
+        recipes.parse(entry["recipe"])
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    _table(entry, "set", SETTINGS, f"{where}, set")
+    if not isinstance(entry.get("tune", True), bool):
+        raise ValueError(f"{where}: tune is {entry['tune']!r}; wanted true or false.")
+    if "grid" in entry:
+        _check_grid(entry["grid"], f"{where}, grid")
+        if tune is None:
+            raise ValueError(f"{where}: a grid, but the suite has no [tune] to say on which seeds.")
+    if entry.get("ranks_how", "same") not in HOW:
+        raise ValueError(f"{where}: ranks_how is {entry['ranks_how']!r}; it is one of {', '.join(HOW)}.")
+    if "seeds" in entry:
+        mine = _seeds(entry["seeds"], f"{where}: seeds")
+        if not set(mine) <= set(seeds):
+            raise ValueError(f"{where}: seeds {entry['seeds']} are not all among the suite's, {list(seeds)}.")
+        entry = {**entry, "seeds": mine}
+    return Arm(**entry)
+
+
+def _tune(raw: dict, path: Path) -> Tune | None:
+    if "tune" not in raw:
+        return None
+    where, given = f"{path}: [tune]", _table(raw, "tune", {"grid", "seeds", "set"}, f"{path}: [tune]")
+    if "grid" not in given:
+        raise ValueError(f"{where}: no grid = {{ lr = [...] }}, the values that are tried.")
+    _check_grid(given["grid"], f"{where} grid")
+    _table(given, "set", SETTINGS, f"{where} set")
+    return Tune(**{**given, **({"seeds": _seeds(given["seeds"], f"{where}: seeds")} if "seeds" in given else {})})
+
+
+def _check_grid(grid: object, where: str) -> None:
+    """One field, and several numbers for it that have different names in a record's file name."""
+    if not isinstance(grid, dict) or len(grid) != 1:
+        raise ValueError(f"{where}: wanted one field and its values, {{ lr = [1e-3, 2e-3] }}; one is tuned at a time.")
+    _known(grid, SETTINGS, where)
+    (key, values), = grid.items()
+    if not isinstance(values, list) or not values or not all(
+            isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x) for x in values):
+        raise ValueError(f"{where}: {key} = {values!r}; wanted a list of numbers.")
+    names = [f"{x:g}" for x in values]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"{where}: {key} has {twice[0]} twice.")
+
+
+def _check_name(name: str, where: str) -> None:
+    """An arm's name becomes the name of a file, in the suite's own folder."""
+    if not name.strip() or name.startswith(".") or set(name) & set("/\\") or not name.isprintable() or (
+            len(name.encode(errors="replace")) > 200):
+        raise ValueError(f"{where}: the name becomes a file's; wanted 1 to 200 bytes, no slash or backslash, no dot at its "
+                         "beginning, nothing that cannot be printed.")
+
+
+def _check_sources(arms: Sequence[Arm], path: Path) -> None:
+    """Do arms that take ranks from another arm get any?"""
+    by_name = {arm.name: arm for arm in arms}
+    lower = [arm.name.lower() for arm in arms]
+    if len(by_name) < len(arms) or len(set(lower)) < len(arms):
+        raise ValueError(f"{path}: two arms share a name, but for small and capital letters; each needs its own.")
     for arm in arms:
-        if arm.ranks_from is not None and arm.ranks_from not in names:
-            raise ValueError(f"{path}: arm {arm.name!r} takes ranks from {arm.ranks_from!r}; arms are {', '.join(names)}.")
-        if arm.ranks_how not in HOW:
-            raise ValueError(f"{path}: arm {arm.name!r}: ranks_how is {arm.ranks_how!r}; it is one of {', '.join(HOW)}.")
-    tune = None
-    if "tune" in raw:
-        _known(raw["tune"], {"grid", "seeds", "set"}, f"{path}: [tune]")
-        _known(raw["tune"]["grid"], config_keys, f"{path}: [tune] grid")
-        if len(raw["tune"]["grid"]) != 1:
-            raise ValueError(f"{path}: [tune] grid names {len(raw['tune']['grid'])} fields; one is tuned at a time.")
-        tune = Tune(**{k: tuple(v) if k == "seeds" else v for k, v in raw["tune"].items()})
-    return Suite(path.stem, raw.get("about", ""), tuple(raw["seeds"]), raw.get("base", {}), tuple(arms), tune,
-                 raw.get("thin", {}))
+        if arm.ranks_from is None:
+            continue
+        where = f"{path}: arm {arm.name!r} takes ranks from {arm.ranks_from!r}"
+        if arm.ranks_from not in by_name:
+            raise ValueError(f"{where}; arms are {', '.join(by_name)}.")
+        circle = [arm.name]
+        while (source := by_name[circle[-1]].ranks_from) in by_name:
+            if source in circle:
+                raise ValueError(f"{where}, which goes round in a circle: {' <- '.join([*circle, source])}.")
+            circle.append(source)
+        if recipes.parse(by_name[arm.ranks_from].recipe).rank is None:
+            raise ValueError(f"{where}, which is dense and has none.")
 
 
-def _known(given: dict, allowed: set[str], where: str) -> None:
+def _check_configs(suite: Suite, path: Path) -> None:
+    """Can every run's settings be had?  Each arm at one seed, and each value of its grid."""
+    for arm in suite.arms:
+        try:
+            suite.config(arm, suite.seeds[0])
+            if suite.tune is not None:
+                key, values = suite.grid(arm)
+                for value in values:
+                    suite.config(arm, suite.tune.seeds[0], **{**suite.tune.set, key: value})
+        except ValueError as error:
+            raise ValueError(f"{path}: arm {arm.name!r}: {error}") from None
+
+
+def _whole(x: object) -> bool:
+    return isinstance(x, int) and not isinstance(x, bool)
+
+
+def _seeds(given: object, where: str) -> tuple[int, ...]:
+    if not isinstance(given, list) or not given or not all(_whole(x) and 0 <= x < 2**63 for x in given):
+        raise ValueError(f"{where} = {given!r}; wanted a list of whole numbers, [0, 1, 2].")
+    if len(set(given)) < len(given):
+        raise ValueError(f"{where} = {given}; each seed once.")
+    return tuple(given)
+
+
+def _table(given: dict, key: str, allowed: Collection[str], where: str) -> dict:
+    table = given.get(key, {})
+    if not isinstance(table, dict):
+        raise ValueError(f"{where} is {table!r}; wanted a table.")
+    _known(table, allowed, where)
+    return table
+
+
+def _known(given: dict, allowed: Collection[str], where: str) -> None:
     for key in given:
         if key not in allowed:
             raise ValueError(f"{where}: key {key!r} is not known; there are {', '.join(sorted(allowed))}.")

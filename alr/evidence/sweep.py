@@ -7,27 +7,41 @@ that is not a record yet and becomes one, thinned, in a single rename at its end
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import math
 import multiprocessing
 import os
 import random
+import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from ..lab import Config, train
-from ..lab.data import corpus
+from ..lab.data import Corpus
+from ..lab.device import pick_device
+from ..lab.files import held
+from ..lab.log import digest
 from ..lab.optimizers import read_by
+from ..lab.run import adjust, check_ranks, find_corpus, fits_memory
+from ..lab.stop import listen
 from ..recipes import parse
 from .paths import DATA
 from .records import run_and_end, thin, verify_digest
 from .suite import Job, Suite, load
 
+RUNNING = ".running-"                   # how the folder of a run at work begins
 NOT_COMPARED = {"seconds", "tokens_per_s", "time_sec", "peak_memory_mb", "digest", "started", "commit", "dirty", "source",
                 "command", "config", "resumed"}     # differ between two honest runs of the same thing
 
@@ -59,41 +73,99 @@ def same_recipe(text: str, recipe) -> bool:
 
 
 def record(suite: Suite, job: Job, data: Path = DATA, quiet: bool = True) -> Path:
-    """Make one run and its record; returns the record's path.  Nothing half written is ever at that path."""
+    """Make one run and its record; returns the record's path.  Nothing half written is ever at that path.
+
+    A record of other settings that stands there is moved aside.  FloatingPointError for a run that diverged, unless it
+    tries a value of a grid: that value is recorded with the loss inf.
+    """
     path = job.path(data)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".running-") as folder:
-        log = Path(folder) / "log.jsonl"
-        recipe = suite.recipe(job, data)
-        train(replace(job.config, log_file=str(log)), recipe=recipe, quiet=quiet)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=RUNNING) as folder, held(folder):
         small = Path(folder) / "record.jsonl"
-        small.write_text("\n".join(thin(log.read_text(encoding="utf-8").splitlines(), **suite.thin)) + "\n", encoding="utf-8")
+        small.write_text("\n".join(run(suite, job, data, Path(folder), quiet)) + "\n", encoding="utf-8")
+        if path.exists():
+            run_and_end(path)                           # whatever else stands there is not ours to move: RecordError
+            aside = next(name for n in itertools.count(1) if not (name := path.with_name(f"{path.name}.{n}")).exists())
+            os.replace(path, aside)
+            print(f"sweep: {path} was recorded with other settings; that is now {aside.name}.", file=sys.stderr)
         os.replace(small, path)
     return path
 
 
-def pending(suite: Suite, data: Path, only: Sequence[str] = ()) -> tuple[list[Job], list[Job]]:
-    """(runs that can start now, runs that wait for another arm's ranks), of the arms in `only`, or of all."""
+def run(suite: Suite, job: Job, data: Path, folder: Path, quiet: bool = True) -> list[str]:
+    """The lines of a job's record, from a run that is made now and logged in `folder`."""
+    log, began = folder / "log.jsonl", time.perf_counter()
+    try:
+        train(replace(job.config, log_file=str(log)), recipe=suite.recipe(job, data), quiet=quiet)
+        lines = log.read_text(encoding="utf-8").splitlines()
+    except FloatingPointError as error:
+        if not job.tuning:
+            raise
+        lines = diverged(log.read_text(encoding="utf-8").splitlines(), str(error), time.perf_counter() - began)
+    return thin(lines, **suite.thin)
+
+
+def diverged(lines: Sequence[str], why: str, seconds: float) -> list[str]:
+    """The log of a run whose loss is no number any more, with an `end` line: val_loss is inf, `diverged` says why."""
+    first, last = json.loads(lines[0]), json.loads(lines[-1])
+    end = {"kind": "end", "step": last.get("step", 0), "train_loss": math.inf, "val_loss": math.inf, "val_bpb": math.inf,
+           "diverged": why, "params": first["params"], "ranks": {}, "shapes": {},
+           "seconds": {"training": round(seconds, 3), "evaluation": 0.0, "adaptation": 0.0}, "resumed": []}
+    return [*lines, json.dumps({**end, "digest": digest(lines)})]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is left to do: runs that can start now, runs that wait for another arm's ranks, what is broken, by name and why,
+    and how many runs will follow once arms are tuned."""
+
+    now: list[Job]
+    later: list[Job]
+    broken: dict[str, str]
+    untuned: dict[str, int]
+
+    def __len__(self) -> int:
+        return len(self.now) + len(self.later) + sum(self.untuned.values())
+
+
+def plan(suite: Suite, data: Path, only: Sequence[str] = ()) -> Plan:
+    """The plan for the arms in `only`, or for all.  A broken record concerns its own arm and those that build on it."""
     known = [arm.name for arm in suite.arms]
     if unknown := set(only) - set(known):
         raise ValueError(f"suite {suite.name} has no arm {sorted(unknown)[0]!r}; it has {', '.join(known)}.")
-    now, later = [], []
-    for job in suite.tuning_jobs() + suite.jobs(data):
-        if only and job.arm.name not in only:
-            continue
+    now, later, broken, untuned, good = [], [], {}, {}, []
+    for arm in suite.arms:
+        if not only or arm.name in only:
+            try:
+                if suite.chosen(arm, data) is None:
+                    untuned[arm.name] = len(suite.seeds_of(arm))
+                good.append(arm)
+            except ValueError as error:
+                broken[arm.name] = str(error)
+    for job in [job for job in suite.tuning_jobs() if job.arm in good] + suite.jobs(data, good):
         try:
             if not recorded(job, suite.recipe(job, data), data):
                 now.append(job)
         except FileNotFoundError:
             later.append(job)
-    return now, later
+        except ValueError as error:
+            broken[job.name] = str(error)
+    return Plan(now, later, broken, untuned)
+
+
+def pending(suite: Suite, data: Path) -> tuple[list[Job], list[Job]]:
+    """(runs that can start now, runs that wait for another arm's ranks).  ValueError for a broken record."""
+    found = plan(suite, data)
+    for why in found.broken.values():
+        raise ValueError(why)
+    return found.now, found.later
 
 
 def seconds(suite: Suite, job: Job, data: Path) -> float | None:
     """How long a run will take: the mean of this arm's records, else of the suite's, else not known."""
     times = {}
     for path in (data / "runs" / suite.name).rglob("*.jsonl"):
-        if path.parent.name.startswith(".running-"):                    # of a sweep that is at work
+        if path.parent.name.startswith(RUNNING):                    # of a sweep that is at work
             continue
         end = run_and_end(path)[1]
         times.setdefault(path.name.split(".seed")[0].split(".lr")[0], []).append(sum(end["seconds"].values()))
@@ -104,58 +176,133 @@ def seconds(suite: Suite, job: Job, data: Path) -> float | None:
 def sweep(suite: Suite, jobs: int = 1, data: Path = DATA, limit: int | None = None, only: Sequence[str] = ()) -> int:
     """Record what is missing; returns how many runs were made.  Waves: tuning, then the runs, then borrowed ranks.
 
-    only: the names of the arms to record, for a suite that is shared out; all if empty.
+    only: the names of the arms to record, for a suite that is shared out; all if empty.  A run that fails does not stop
+    the others: RuntimeError at the end, with a line for each that failed or could not start.
     """
-    check_corpus(suite)
-    made = 0
-    while True:
-        now, later = pending(suite, data, only)
-        if limit is not None:
-            now = now[:max(0, limit - made)]
-        if not now:
-            if later and limit is None:
-                names = ", ".join(sorted({job.arm.name for job in later}))
-                raise RuntimeError(f"sweep {suite.name}: {names} wait for ranks of an arm that has no record.")
-            return made
-        bar = tqdm(total=len(now), desc=suite.name, unit="run", dynamic_ncols=True)
-        if jobs == 1:
-            for job in now:
+    check_arms(suite, only)
+    clean(data / "runs" / suite.name)
+    todo, failed, tried = plan(suite, data, only), {}, 0
+    total = len(todo) if limit is None else min(limit, len(todo))
+    with tqdm(total=total, desc=suite.name, unit="run", dynamic_ncols=True) as bar:     # over all waves, with the time left
+        while True:
+            failed |= todo.broken
+            now = [job for job in todo.now if job.name not in failed][:None if limit is None else limit - tried]
+            if not now:
+                break
+            for job, error in attempts(suite, now, jobs, data):
+                tried += 1
                 bar.set_postfix_str(job.name)
-                record(suite, job, data, quiet=False)
                 bar.update()
-        else:
-            with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-                for done in pool.map(_record, [(suite, job, data) for job in now]):
-                    bar.set_postfix_str(done)
-                    bar.update()
-        bar.close()
-        made += len(now)
+                if error is not None:
+                    failed[job.name] = error
+            todo = plan(suite, data, only)
+    made = tried - len(failed.keys() - todo.broken.keys())
+    said = [f"{name}: {why}" for name, why in failed.items()]
+    if todo.later and limit is None:
+        said.append(", ".join(sorted({job.arm.name for job in todo.later})) + " wait for ranks of an arm that has no record.")
+    if said:
+        raise RuntimeError(f"sweep {suite.name}: {made} runs recorded; these were not:\n  " + "\n  ".join(said))
+    return made
 
 
-def _record(args) -> str:
-    suite, job, data = args
-    return record(suite, job, data).stem
+def attempts(suite: Suite, todo: Sequence[Job], jobs: int, data: Path) -> Iterator[tuple[Job, str | None]]:
+    """(job, None or why it failed) for each run as it ends; `jobs` processes at a time, this one alone for 1."""
+    if jobs == 1:
+        for job in todo:
+            yield job, attempt(suite, job, data, quiet=False)
+        return
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"), initializer=die_with_parent) as pool:
+        futures = {pool.submit(attempt, suite, job, data): job for job in todo}
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        except BrokenProcessPool:                       # those that were at work: one of them was killed
+            for job in [job for future, job in futures.items() if not future.done() or future.exception()][:jobs]:
+                yield job, "a process that recorded was killed, perhaps for want of memory; call again with fewer --jobs."
+        except BaseException:                           # Ctrl-C: nobody waits for runs that nobody waits for
+            pool.shutdown(wait=False, cancel_futures=True)
+            for child in multiprocessing.active_children():
+                child.terminate()
+            raise
 
 
-def check_corpus(suite: Suite) -> None:
-    """Load every corpus that the suite names, before the first run."""
-    for job in {(job.config.corpus, job.config.vocab_size, job.config.level, job.config.data_dir): job
-                for job in suite.tuning_jobs() + [Job(suite.name, a, suite.config(a, 0)) for a in suite.arms]}.values():
-        c = job.config
-        corpus(c.data_file or c.corpus, data_dir=c.data_dir, level=c.level, vocab_size=c.vocab_size)
+def attempt(suite: Suite, job: Job, data: Path, quiet: bool = True) -> str | None:
+    """Record one run; None, or what went wrong, in a line."""
+    try:
+        record(suite, job, data, quiet)
+    except (ValueError, OSError, ArithmeticError) as error:
+        return " ".join(str(error).split())
+    except Exception as error:                          # a fault of ours, or of torch: where?
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        return " ".join(f"{type(error).__name__}: {error} ({Path(place.filename).name}, line {place.lineno})".split())
+    return None
+
+
+def die_with_parent() -> None:
+    """End this process as soon as the one that started it has ended, however that was."""
+    def wait():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def clean(folder: Path) -> None:
+    """Remove what killed sweeps left of runs at work; a sweep that is alive holds its own."""
+    for place in [p for p in folder.rglob(f"{RUNNING}*") if p.is_dir() and not p.is_symlink()]:
+        if {p.name for p in place.iterdir()} <= {"log.jsonl", ".log.jsonl.part", "record.jsonl"}:
+            with held(place) as mine:
+                if mine:
+                    shutil.rmtree(place, ignore_errors=True)
+
+
+def check_arms(suite: Suite, only: Sequence[str] = ()) -> None:
+    """Can every arm start?  Its corpus, ranks and sizes are looked at before the first run.  ValueError names the arm."""
+    texts: dict[tuple, Corpus] = {}
+    for arm in suite.arms:
+        if only and arm.name not in only:
+            continue
+        source = next((a for a in suite.arms if a.name == arm.ranks_from), arm)
+        if missing := set(suite.seeds_of(arm)) - set(suite.seeds_of(source)):
+            raise ValueError(f"suite {suite.name}, arm {arm.name!r}: takes ranks from {source.name!r}, which has no run at "
+                             f"seed {min(missing)}.")
+        c = suite.config(arm, suite.seeds[0])
+        key = (c.corpus, c.data_file, c.vocab_size, c.level, c.data_dir)
+        try:
+            text = texts[key] if key in texts else texts.setdefault(key, find_corpus(c))
+            if len(text.train) <= c.block_size:
+                raise ValueError(f"block_size {c.block_size} is longer than the text, {len(text.train)} tokens.")
+            fits_memory(c, len(text.vocab), pick_device(c.device))
+            check_ranks(c, adjust(parse(arm.recipe), c), len(text.vocab))
+        except ValueError as error:
+            raise ValueError(f"suite {suite.name}, arm {arm.name!r}: {error}") from None
+
+
+def sensible_jobs(suite: Suite) -> int:
+    """How many runs at a time keep this machine busy: its cores over the threads of one run; one on an accelerator."""
+    if pick_device(suite.base.get("device", "auto")).type != "cpu":
+        return 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // (suite.base.get("threads") or torch.get_num_threads()))
 
 
 def dry_run(suite: Suite, data: Path = DATA, only: Sequence[str] = ()) -> str:
-    """What would run, and for how long from what was measured so far."""
-    now, later = pending(suite, data, only)
-    times = [seconds(suite, job, data) for job in now + later]
+    """What would run, and for how long from what was measured so far; which records are broken."""
+    todo = plan(suite, data, only)
+    times = []
+    for job in todo.now + todo.later:
+        try:
+            times.append(seconds(suite, job, data))
+        except ValueError:                              # of a broken record, which is named below or is another arm's
+            times.append(None)
     known = [t for t in times if t is not None]
     lines = [f"  {job.name:<44} {'?' if t is None else f'{t:6.0f} s'}"
-             + (f"  (waits for {job.arm.ranks_from})" if job in later else "") for job, t in zip(now + later, times)]
-    untuned = [a.name for a in suite.arms if suite.tune and a.tune and a.name not in suite.choose(data)]
-    lines.append(f"{suite.name}: {len(now) + len(later)} runs to make"
+             + (f"  (waits for {job.arm.ranks_from})" if job in todo.later else "")
+             for job, t in zip(todo.now + todo.later, times)]
+    lines += [f"  {name}: {why}" for name, why in todo.broken.items()]
+    lines.append(f"{suite.name}: {len(todo.now) + len(todo.later)} runs to make"
                  + (f", about {sum(known) / 60:.0f} min in one process" if known else ", no time measured yet")
-                 + (f"; then {len(suite.seeds)} seeds each of {', '.join(untuned)}, once tuned" if untuned else ""))
+                 + (f"; then {len(suite.seeds)} seeds each of {', '.join(todo.untuned)}, once tuned" if todo.untuned else "")
+                 + f"; up to --jobs {sensible_jobs(suite)} make sense here")
     return "\n".join(lines)
 
 
@@ -172,9 +319,7 @@ def verify(suite: Suite, data: Path = DATA, seed: int | None = None, tolerance: 
     job = random.Random(seed).choice(there)
     old = [json.loads(line) for line in verify_digest(job.path(data))]
     with tempfile.TemporaryDirectory() as folder:
-        log = Path(folder) / "log.jsonl"
-        train(replace(job.config, log_file=str(log)), recipe=suite.recipe(job, data))
-        new = [json.loads(line) for line in thin(log.read_text(encoding="utf-8").splitlines(), **suite.thin)]
+        new = [json.loads(line) for line in run(suite, job, data, Path(folder), quiet=False)]
     same = all(old[0].get(k) == new[0].get(k) for k in ("processor", "torch", "threads", "device"))
     if same:
         for a, b in zip(old, new, strict=True):
@@ -190,27 +335,49 @@ def verify(suite: Suite, data: Path = DATA, seed: int | None = None, tolerance: 
     return f"{job.name}: val_loss within {gap:.4f} of the record, on another machine (tolerance {tolerance})"
 
 
+def at_least(least: int) -> Callable[[str], int]:
+    """For argparse: a whole number that is not below `least`."""
+    def number(text: str) -> int:
+        if not text.isascii() or not text.isdigit() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r}; wanted a whole number of at least {least}")
+        return int(text)
+    return number
+
+
 def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit status: 0, 1 for what cannot be done or failed, 130 when interrupted."""
+    listen()
     parser = argparse.ArgumentParser(prog="python -m alr.sweep", description=__doc__.splitlines()[0])
     parser.add_argument("suite", help="a suite file, or the name of one in data/suites")
-    parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
-    parser.add_argument("--limit", type=int, help="make at most this many runs")
+    parser.add_argument("--jobs", type=at_least(1), default=1,
+                        help="processes at a time; cores over threads of a run make sense, --dry-run says how many that are")
+    parser.add_argument("--limit", type=at_least(0), help="make at most this many runs")
     parser.add_argument("--only", action="append", default=[], metavar="ARM", help="record this arm alone; may be repeated")
     parser.add_argument("--dry-run", action="store_true", help="say what would run and for how long")
     parser.add_argument("--verify", action="store_true", help="run a random record again and compare")
     parser.add_argument("--pick", type=int, help="with --verify: seed of the random choice")
     args = parser.parse_args(argv)
-    path = Path(args.suite) if args.suite.endswith(".toml") else DATA / "suites" / f"{args.suite}.toml"
+    home = DATA / "suites"
+    path = Path(args.suite) if args.suite.endswith(".toml") else home / f"{args.suite}.toml"
     try:
         suite = load(path)
+        if (home / path.name).exists() and not path.samefile(home / path.name):
+            raise ValueError(f"{path} is called like the project's own suite in {home}, whose records it would replace; "
+                             "give the file another name.")
         if args.dry_run:
-            print(dry_run(suite, only=args.only))
+            print(dry_run(suite, DATA, args.only))
         elif args.verify:
-            print(verify(suite, seed=args.pick))
+            print(verify(suite, DATA, args.pick))
         else:
-            made = sweep(suite, args.jobs, limit=args.limit, only=args.only)
+            if args.jobs > (most := sensible_jobs(suite)):
+                print(f"sweep: --jobs {args.jobs} is more than this machine can use at once; {most} make sense.",
+                      file=sys.stderr)
+            made = sweep(suite, args.jobs, DATA, args.limit, args.only)
             print(f"{suite.name}: {made} runs recorded in {DATA / 'runs' / suite.name}")
-    except (ValueError, FileNotFoundError, RuntimeError) as error:
+    except KeyboardInterrupt:
+        print("sweep: interrupted; what is recorded stays, the same command goes on.", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, ArithmeticError, RuntimeError) as error:
         print(f"sweep: {error}", file=sys.stderr)
         return 1
     return 0

@@ -3,9 +3,13 @@
 import json
 import os
 import random
+import subprocess
+import sys
+import time
 
 import pytest
 
+import alr
 from alr import recipes
 from alr.evidence import suite as suites
 from alr.evidence import sweep
@@ -161,10 +165,48 @@ def test_verify_repeats_a_record_and_notices_a_changed_one(make):
     (ARMS + 'set = { learning_rate = 1 }', "key 'learning_rate' is not known"),
     (ARMS + 'seeds = [1, 7]', r"arm 'held': seeds \[1, 7\] are not all among the suite's"),
     (ARMS.replace('name = "held"', 'name = "alr"'), "share a name"), ("", "at least one"),
-    ("[[arms]\n", "toy.toml")])
+    ("[[arms]\n", "toy.toml"),
+    ("[arms]\nname = 'x'\n", "arms is no list"), (ARMS.replace('"held"', '"../x"'), "becomes a file's"),
+    *((ARMS.replace('"held"', name), "becomes a file's") for name in (
+        '""', '"a/b"', '"/abs"', r'"a\\b"', r'"a\u0000"', '".x"', f'"{"x" * 201}"', r'"a\nb"')),
+    (ARMS.replace('"held"', '"ALR"'), "share a name"), (ARMS.replace('"held"', "3"), "name is 3; wanted a text"),
+    (ARMS.replace('ranks_from = "alr"', 'ranks_from = "held"'), "in a circle: held <- held"),
+    (ARMS.replace("every=100)\"", "every=100)\"\nranks_from = \"held\"", 1), "in a circle: alr <- held <- alr"),
+    (ARMS.replace('recipe = "replace(alr, rank=12, every=100)"', 'recipe = "dense"'), "which is dense and has none"),
+    (ARMS + "grid = { lr = [1e-3] }", "the suite has no .tune."),
+    (ARMS + "set = { epochs = '2' }", "arm 'held': epochs is '2'"),
+    (ARMS + "set = 3", "wanted a table"), (ARMS + "tune = 1", "wanted true or false"), (ARMS + "seeds = 1", "list of whole"),
+    (ARMS + "set = { out = 'x' }", "key 'out' is not known"), (ARMS + "set = { seed = 3 }", "key 'seed' is not known"),
+    (ARMS + "set = { lr = -1.0 }", "toy.toml: arm 'held': lr is -1.0"), ("[thin]\nevery = 'a'\n" + ARMS, "every is 'a'"),
+    *((f"[tune]\n{grid}\n" + ARMS, words) for grid, words in (
+        ("", "no grid"), ("grid = { lr = 1e-3 }", "a list of numbers"), ("grid = { lr = [] }", "a list of numbers"),
+        ("grid = { lr = ['a'] }", "a list of numbers"), ("grid = { lr = [true] }", "a list of numbers"),
+        ("grid = { lr = [1e-3, 0.001] }", "lr has 0.001 twice"), ("grid = { lr = [1.0, 1.0000001] }", "lr has 1 twice"),
+        ("grid = { lr = [1], muon_lr = [1] }", "one is tuned at a time"),
+        ("grid = { d_model = [16, 7] }", "7 is not divisible"), ("grid = { seed = [1, 2] }", "key 'seed' is not known"),
+        ("grid = { lr = [1e-3] }\nseeds = 'x'", "list of whole numbers")))])
 def test_a_typo_stops_before_the_first_run(make, body, words):
     with pytest.raises(ValueError, match=words):
         make(body)
+
+
+@pytest.mark.parametrize("text, words", [
+    ("seeds = 3\n[[arms]]", "seeds = 3; wanted a list of whole numbers"), ("seeds = [0.5]\n[[arms]]", "list of whole numbers"),
+    ("seeds = [0, 0]\n[[arms]]", "each seed once"), ("seeds = ['a']\n[[arms]]", "list of whole numbers"),
+    ("seeds = [true]\n[[arms]]", "list of whole numbers"), ("seeds = [0]\narms = 3", "arms is no list of tables"),
+    ("seeds = [0]\narms = ['v10']", "arms is no list"), ("seeds = [0]\nbase = 3\n[[arms]]", r"\[base\] is 3; wanted a table"),
+    ("seeds = [0]\nabout = 3\n[[arms]]\n", "about is 3; wanted a text"), ("x = " + "[" * 3000, "toy.toml"),
+    ("seeds = [0]\n[[arms]]\nname = 'x'", "arm 'x': an arm needs a name and a recipe"), ("\ufeffseeds = [0]", "toy.toml")])
+def test_a_broken_file_says_which_it_is_and_what_is_wrong(tmp_path, text, words):
+    path = tmp_path / "toy.toml"
+    path.write_text(text + "\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=words):
+        suites.load(path)
+    path.write_bytes(b"about = '\xff'")
+    with pytest.raises(ValueError, match="toy.toml: not UTF-8 at byte 9"):
+        suites.load(path)
+    with pytest.raises(ValueError, match="is not there"):
+        suites.load(tmp_path)
 
 
 def test_an_arm_may_run_on_fewer_seeds(make):
@@ -238,3 +280,144 @@ def test_a_record_that_was_changed_is_believed_nowhere(make):
         job.path(root).write_text(text, encoding="utf-8")
         for ask in asked:
             ask()
+
+
+# ------------------------------------------------------------------------------------------------ a long job
+
+DENSE = """
+[[arms]]
+name = "dense"
+recipe = "dense"
+"""
+
+
+def test_a_value_that_diverges_has_the_loss_inf(make, capsys):
+    suite, root = make("[tune]\nseeds = [7]\ngrid = { lr = [1e30, 1e-2] }\n" + DENSE)
+    assert sweep.sweep(suite, data=root) == 4 and suite.choose(root) == {"dense": {"lr": 1e-2}}
+    first, *_, end = lines(root / "runs" / "toy" / "tune" / "dense.lr1e+30.seed7.jsonl")
+    assert end["val_loss"] == float("inf") and "not finite any more" in end["diverged"] and first["config"]["lr"] == 1e30
+    assert sweep.sweep(suite, data=root) == 0
+    suite, root = make("[tune]\nseeds = [7]\ngrid = { lr = [1e30, 1e31] }\n" + DENSE, name="none")
+    with pytest.raises(RuntimeError, match=r"2 runs recorded; these were not:\n  dense: .*every lr of \[.*\] diverged"):
+        sweep.sweep(suite, data=root)
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_failing_arm_does_not_stop_the_others(make, monkeypatch, capsys, jobs):
+    suite, root = make(DENSE + "set = { lr = 1e30 }\n" + ARMS)
+    monkeypatch.setattr(sweep, "DATA", root)
+    with pytest.raises(RuntimeError, match="4 runs recorded; these were not:\n  dense.seed0: the loss .*\n  dense.seed1: "):
+        sweep.sweep(suite, jobs, data=root)
+    assert len(list((root / "runs" / "toy").iterdir())) == 4
+    monkeypatch.setattr(sweep, "sweep", lambda suite, jobs, *k: (_ for _ in ()).throw(RuntimeError("these were not")))
+    assert sweep.main(["toy"]) == 1 and capsys.readouterr().err.endswith("sweep: these were not\n")
+
+
+def test_a_broken_record_stops_its_own_arm_only(make):
+    suite, root = make(DENSE + ARMS)
+    folder = root / "runs" / "toy"
+    folder.mkdir(parents=True)
+    (folder / "alr.seed0.jsonl").write_text("{}\n")
+    (folder / "dense.seed1.jsonl").write_bytes(b"\xff")
+    assert "alr.seed0.jsonl, line 1: no 'kind'" in sweep.dry_run(suite, root)
+    with pytest.raises(RuntimeError) as error:
+        sweep.sweep(suite, data=root)
+    said = str(error.value)
+    assert "3 runs recorded" in said and "alr.seed0.jsonl, line 1: no 'kind'" in said and "dense.seed1.jsonl: not UTF-8" in said
+    assert (folder / "alr.seed0.jsonl").read_text() == "{}\n" and (folder / "dense.seed1.jsonl").read_bytes() == b"\xff"
+
+
+def test_a_record_of_other_settings_is_moved_aside(make, capsys):
+    suite, root = make(DENSE)
+    sweep.sweep(suite, data=root)
+    path = root / "runs" / "toy" / "dense.seed0.jsonl"
+    before = path.read_text()
+    suite, root = make(DENSE + "set = { lr = 2e-2 }\n")
+    sweep.sweep(suite, data=root)
+    assert path.with_name("dense.seed0.jsonl.1").read_text() == before and lines(path)[0]["config"]["lr"] == 2e-2
+    assert "recorded with other settings" in capsys.readouterr().err
+
+
+def test_a_suite_of_the_same_name_elsewhere_replaces_nothing(make, monkeypatch, tmp_path, capsys):
+    suite, root = make(DENSE)
+    monkeypatch.setattr(sweep, "DATA", root)
+    other = tmp_path / "elsewhere" / "toy.toml"
+    other.parent.mkdir()
+    other.write_text((root / "suites" / "toy.toml").read_text())
+    assert sweep.main([str(other)]) == 1 and "called like the project's own suite" in capsys.readouterr().err
+    assert not (root / "runs").exists()
+
+
+def test_what_cannot_start_stops_before_the_first_run(make):
+    for body, words in ((ARMS + "set = { init_rank = 99 }", "arm 'held': init_rank: rank 99 asked of blocks.0.attn.q"),
+                        (ARMS.replace('name = "alr"', 'name = "alr"\nseeds = [1]'), "from 'alr', which has no run at"),
+                        (ARMS + "set = { block_size = 99999 }", "arm 'held': block_size 99999 is longer than the text"),
+                        (ARMS + "set = { d_ff = 9999999999999 }", "arm 'held': n_layers, d_model, d_ff: the dense model has")):
+        suite, root = make(body)
+        with pytest.raises(ValueError, match=words):
+            sweep.sweep(suite, data=root)
+    assert not (root / "runs").exists()
+
+
+def test_what_a_killed_sweep_left_is_cleaned_and_what_lives_is_not(make):
+    suite, root = make(DENSE)
+    folder = root / "runs" / "toy"
+    for name in (".running-dead", ".running-alive", ".running-mine"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "log.jsonl").write_text("{")
+    (folder / ".running-mine" / "notes.txt").write_text("mine")
+    with sweep.held(folder / ".running-alive"):
+        sweep.sweep(suite, data=root, limit=0)
+    assert sorted(p.name for p in folder.iterdir()) == [".running-alive", ".running-mine"]
+
+
+def test_workers_die_with_their_parent(tmp_path):
+    """The parent is killed; its worker, idle or at work, ends by itself."""
+    code = """
+import multiprocessing, os, sys, time
+from alr.evidence.sweep import die_with_parent
+def work(path):
+    die_with_parent()
+    open(path, "w").write(str(os.getpid()))
+    time.sleep(600)
+if __name__ == "__main__":
+    multiprocessing.get_context("spawn").Process(target=work, args=(sys.argv[1],)).start()
+    while not os.path.exists(sys.argv[1]) or not os.path.getsize(sys.argv[1]):
+        time.sleep(0.05)
+    os.kill(os.getpid(), 9)
+"""
+    script, pid = tmp_path / "x.py", tmp_path / "pid"
+    script.write_text(code)
+    root = os.path.dirname(os.path.dirname(alr.__file__))
+    subprocess.run([sys.executable, str(script), str(pid)], env={**os.environ, "PYTHONPATH": root}, timeout=120)
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        try:
+            os.kill(int(pid.read_text()), 0)
+        except ProcessLookupError:
+            return
+        if open(f"/proc/{pid.read_text()}/stat").read().split()[2] == "Z":
+            return                                      # dead, and nobody has asked for its exit status
+        time.sleep(0.05)
+    pytest.fail("the worker outlived its parent")
+
+
+def test_numbers_of_the_command_line_are_checked(make, capsys):
+    for flags in ("--jobs 0", "--jobs -1", "--jobs x", "--limit -1"):
+        with pytest.raises(SystemExit) as error:
+            sweep.main(["toy", *flags.split()])
+        assert error.value.code == 2 and flags.split()[0] in capsys.readouterr().err
+    suite, root = make()
+    assert f"up to --jobs {sweep.sensible_jobs(suite)} make sense here" in sweep.dry_run(suite, root)
+
+
+def test_ctrl_c_is_one_line(make, monkeypatch, capsys):
+    suite, root = make(DENSE)
+    monkeypatch.setattr(sweep, "DATA", root)
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(sweep, "train", interrupted)
+    assert sweep.main(["toy"]) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "sweep: interrupted; what is recorded stays, the same command goes on."
+    assert list((root / "runs" / "toy").iterdir()) == []
