@@ -43,7 +43,7 @@ document.addEventListener("DOMContentLoaded", () => {
           const words = cell.textContent.trim();
           if (words) heads[column] = heads[column] && heads[column] !== words ? `${heads[column]}, ${words}` : words;
         }
-        cell.setAttribute("role", "columnheader");
+        cell.setAttribute("role", cell.textContent.trim() ? "columnheader" : "cell");        // pandas leaves a corner empty
       }
       line.setAttribute("role", "row");
     }
@@ -54,7 +54,7 @@ document.addEventListener("DOMContentLoaded", () => {
       row.setAttribute("role", "row");
       let column = 0;
       for (const cell of row.cells) {
-        cell.setAttribute("role", cell.tagName === "TH" ? "rowheader" : "cell");
+        cell.setAttribute("role", cell.tagName === "TH" && cell.textContent.trim() ? "rowheader" : "cell");
         if (heads[column] && cell.colSpan === 1) cell.dataset.label = heads[column];
         column += cell.colSpan;
       }
@@ -63,10 +63,28 @@ document.addEventListener("DOMContentLoaded", () => {
   });
 
   // ---------------------------------------------------------------- what scrolls is a stop of the keyboard, and nothing else
-  const areas = [...content.querySelectorAll(".alr-html, .text_html, .alr-scroll, .bd-content pre, .highlight pre, div.math")];
   const stops = new ResizeObserver((entries) => entries.forEach(({ target }) => {
     if (target.scrollWidth > target.clientWidth + 1) target.tabIndex = 0;
     else target.removeAttribute("tabindex");
   }));
-  areas.forEach((area) => stops.observe(area));
+  addEventListener("load", () => content.querySelectorAll(".alr-html, .text_html, .alr-scroll, .highlight pre, div.math")
+    .forEach((area) => stops.observe(area)));
+
+  // ---------------------------------------------------------------- a formula in a line that is wider than the line scrolls
+  const formulas = () => content.querySelectorAll("mjx-container:not([display])").forEach((formula) => {
+    formula.classList.remove("alr-wide");
+    const line = formula.closest("p, li, td, dd, figcaption");
+    if (line && formula.getBoundingClientRect().right > line.getBoundingClientRect().right + 1) {
+      formula.classList.add("alr-wide");
+      stops.observe(formula);
+    }
+  });
+  addEventListener("load", () => globalThis.MathJax?.startup?.promise?.then(() => {
+    formulas();
+    addEventListener("resize", formulas);                                           // a phone that is turned
+    content.querySelectorAll("mjx-container[display]").forEach((formula) => stops.observe(formula));
+  }));
+
+  // a fold is called what its words say, not what the theme calls all of them
+  content.querySelectorAll("details > summary[aria-label]").forEach((summary) => summary.removeAttribute("aria-label"));
 });

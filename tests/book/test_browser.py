@@ -66,7 +66,7 @@ def holding(kind: str) -> str:
 
 
 NAMES = [path.relative_to(SITE).with_suffix("").as_posix() for path in BUILT]
-WIDE = "[...document.querySelectorAll('.bd-content *')].filter(e => e.getBoundingClientRect().right > innerWidth + 1 " \
+WIDE = "[...document.querySelectorAll('.bd-article *')].filter(e => e.getBoundingClientRect().right > innerWidth + 1 " \
        "&& !e.closest('pre, .alr-html, .text_html, .alr-scroll, .cell_output, mjx-container, div.math, dialog')).slice(0, 3)" \
        ".map(e => e.outerHTML.slice(0, 120))"
 BROKEN = "[...document.images].filter(i => !i.complete || !i.naturalWidth).map(i => i.src)"
@@ -200,10 +200,10 @@ def test_claims_can_be_filtered(open_page):
 @pytest.mark.parametrize("dark, width", [(False, 1400), (True, 390)])
 @pytest.mark.parametrize("name", NAMES)
 def test_axe_finds_nothing_of_ours(open_page, name, dark, width):
-    """Inside the page's content; the frame around it is the theme's."""
+    """Inside the article; the frame around it is the theme's, and so are the folds' summaries."""
     page = open_page(name, width=width, dark=dark)
     page.run(AXE.read_text(encoding="utf8") + ";1")
     rules = "{rules: {'summary-name': {enabled: false}, 'region': {enabled: false}, 'aria-allowed-role': {enabled: false}}}"
-    found = page.run(f"axe.run(document.querySelector('.bd-content'), {rules}).then(r => r.violations.map(v => [v.id,"
+    found = page.run(f"axe.run(document.querySelector('.bd-article'), {rules}).then(r => r.violations.map(v => [v.id,"
                      " v.nodes.length, v.nodes[0].html.slice(0, 160)]))")
     assert found == []
