@@ -3,7 +3,7 @@
 
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
-.PHONY: help env book test train runs claims confirm refresh lab lint bench pdf diff clean
+.PHONY: help env book test train runs claims confirm refresh lab lint fuzz bench pdf diff clean
 
 PYTHON  ?= python3
 VENV    ?= .venv
@@ -91,6 +91,10 @@ lab: env ## open the notebooks in JupyterLab (installed on the first call, pinne
 
 lint: env ## ruff over alr/, book/ and tests/ (ARGS=--fix mends what is safe to mend)
 	@$(PY) -m ruff check $(if $(filter command line,$(origin ARGS)),$(ARGS)) alr book tests
+
+fuzz: env ## thousands of odd flags, texts, recipes, suites, records and checkpoints (ARGS=600: seconds for each kind)
+	@FUZZ_SECONDS="$(if $(filter command line,$(origin ARGS)),$(ARGS),120)" FUZZ_SEED="$$(date +%s)" TQDM_DISABLE=1 \
+	    $(PY) -m pytest tests/test_fuzz.py
 
 bench: env ## time the resizes, the rank checks and the layer against their references (pytest-benchmark)
 	@set -- tests/bench_*.py; \
