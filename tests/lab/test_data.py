@@ -467,3 +467,11 @@ def test_a_block_longer_than_the_text_is_refused():
                 make(*wrong)
     with pytest.raises(IndexError, match="step -1"):
         Batches(torch.arange(9), 2, 1)[-1]
+
+
+def test_white_space_tokens_of_a_plain_text_where_asked_for(tmp_path):
+    path = write(tmp_path / "x.txt", "Don't stop , it's <unk> now . " * 40)
+    words, spaced = corpus(path), corpus(path, level="space")
+    assert "Don't" in spaced.vocab and "Don't" not in words.vocab and spaced.level == "word" and spaced.spaced
+    same = corpus(write(tmp_path / "x.tokens", path.read_text(encoding="utf-8")))
+    assert same.fingerprint == spaced.fingerprint and spaced.decode(spaced.encode("it's now")) == "it's now"

@@ -614,6 +614,27 @@ def test_two_processes_equal_one_and_stop_together(small, tmp_path):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
+def test_two_processes_go_on_with_their_own_random_numbers(small, tmp_path):
+    """Dropout differs between the processes; stopped and resumed, both draw what they would have drawn, bit for bit."""
+    small = replace(small, recipe=QUICK.format("v10", ""), dropout=0.3, steps_per_epoch=6, save_every=2, keep=9)
+    never, cut = replace(small, out=str(tmp_path / "never")), replace(small, out=str(tmp_path / "cut"))
+    assert two_processes(never) == [0, 0]
+    assert two_processes(cut, interrupt=True) == [130, 130]
+    assert 4 <= checkpoint.load(cut.out)["step"] < 12
+    assert two_processes(replace(cut, resume=True)) == [0, 0]
+    a, b = load(never.out, device="cpu"), load(cut.out, device="cpu")
+    assert same(a.model.state_dict(), b.model.state_dict())
+    each = checkpoint.load(cut.out)["each"]
+    assert len(each) == 2 and not same(each[0]["rng"], each[1]["rng"]) and same(each, checkpoint.load(never.out)["each"])
+    assert [x for x in timeless(a)[1:-1] if x["kind"] != "step"] == [x for x in timeless(b)[1:-1] if x["kind"] != "step"]
+    for number in (4, 8):                               # with another number of processes it goes on, to rounding
+        for name in ("state", "model"):
+            suffix = "pt" if name == "state" else "safetensors"
+            assert (tmp_path / "never" / f"{name}-{number:08d}.{suffix}").exists()
+    os.replace(tmp_path / "never" / "state-00000008.pt", tmp_path / "never" / "state.pt")
+    assert train(replace(never, resume=True), quiet=True).log[-1]["resumed"][-1]["processes"] == 1
+
+
 def test_two_processes_equal_one_under_the_pair_optimizer(small, tmp_path):
     small = replace(small, recipe="alr", optimizer="pairs", min_rank=None, dropout=0.0, steps_per_epoch=7)
     one = train(small, quiet=True)
