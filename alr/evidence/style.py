@@ -22,10 +22,13 @@ INK, GREY = "#222222", "#8a8a8a"
 DASHES = ["-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (8, 2)), (0, (3, 1, 1, 1)), (0, (8, 2, 2, 2))]
 MARKERS = "osD^v<>PX*hpd8H"
 KNOWN = {       # colour -> names; the place in its row gives a name its dash and marker, so append and never insert
-    INK: ("dense", "dense, Muon", "dense, two rates", "v7"),
-    BLUE: ("alr", "alr, pairs", "alr, a third", "alr, default", "alr, AdamW", "alr, from half", "wide", "one rate"),
+    INK: ("dense", "dense, Muon", "dense, two rates", "v7", "dense 4 x 52", "dense 3 x 60", "dense 2 x 74", "dense 1 x 104",
+          "dense 2 x 96", "dense 1 x 136", "dense 4 x 74", "dense 2 x 104", "dense 1 x 148"),
+    BLUE: ("alr", "alr, pairs", "alr, a third", "alr, default", "alr, AdamW", "alr, from half", "wide", "one rate",
+           "alr 4 x 96", "alr 4 x 128", "alr 4 x 96, a third", "alr 4 x 96, its ranks from step 0", "alr 4 x 96, rest 0.012"),
     VERMILION: ("v10", "v5", "v7.1", "v3", "v10's controller"),
-    GREEN: ("uniform", "uniform, pairs", "uniform, v10 init", "uniform, spectral init", "v7.2", "v1", "v8"),
+    GREEN: ("uniform", "uniform, pairs", "uniform, v10 init", "uniform, spectral init", "v7.2", "v1", "v8", "uniform 4 x 128",
+            "uniform 2 x 128", "uniform 1 x 128"),
     PURPLE: ("repaired", "v9", "v7.3", "v4", "fixed rank", "final ranks from step 0"),
     ORANGE: ("one cut", "v2", "v7.4", "v5.1", "no transport", "final ranks permuted"),
     SKY: ("v6", "v7.5", "from rank 16", "from rank 32", "from rank 128", "from rank 8", "from rank 4", "no spectral init",

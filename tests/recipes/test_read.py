@@ -236,12 +236,20 @@ def canary(tmp_path, monkeypatch):
     assert not (tmp_path / "CANARY").exists()
 
 
-def test_a_checkpoint_whose_recipe_is_code_runs_nothing(canary):
+def checkpoint_of(folder, state, sealed):
+    """A file that somebody else made, with our seal or without."""
+    from alr.lab import checkpoint
+    torch.save(state, folder / "state.pt")
+    if sealed:
+        checkpoint._seal(folder / "state.pt", 1, "model-1.safetensors")
+
+
+@pytest.mark.parametrize("sealed, says", [(True, "cannot be read"), (False, "no checkpoint of this program")])
+def test_a_checkpoint_whose_recipe_is_code_runs_nothing(canary, sealed, says):
     from alr.lab import Config
     from alr.lab.run import load
-    state = {"config": Config().describe(), "recipe": HOSTILE, "fingerprint": "0"}
-    torch.save(state, canary / "state.pt")
-    with pytest.raises(ValueError, match="cannot be read"):
+    checkpoint_of(canary, {"config": Config().describe(), "recipe": HOSTILE, "fingerprint": "0"}, sealed)
+    with pytest.raises(ValueError, match=says):
         load(canary)
 
 
@@ -250,10 +258,11 @@ class Code:
         return eval, ("open('CANARY', 'w')",)
 
 
-def test_a_checkpoint_that_is_a_pickle_of_code_runs_nothing(canary):
+@pytest.mark.parametrize("sealed, says", [(True, "cannot be read"), (False, "no checkpoint of this program")])
+def test_a_checkpoint_that_is_a_pickle_of_code_runs_nothing(canary, sealed, says):
     from alr.lab.run import load
-    torch.save({"config": {}, "recipe": Code()}, canary / "state.pt")
-    with pytest.raises(ValueError, match="cannot be read"):
+    checkpoint_of(canary, {"config": {}, "recipe": Code()}, sealed)
+    with pytest.raises(ValueError, match=says):
         load(canary)
 
 
