@@ -16,7 +16,8 @@ def own(folder, losses=OURS, seeds=None, **changed):
     paths = []
     for seed, loss in zip(seeds or range(len(losses)), losses):
         path = folder / f"mine {seed}.jsonl"
-        path.write_text("\n".join(log("whatever", seed, loss, **{"epochs": 3, "blocks": 1, "per_epoch": 4, **changed})) + "\n", encoding="utf-8")
+        lines = log("whatever", seed, loss, **{"epochs": 3, "blocks": 1, "per_epoch": 4, **changed})
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
         paths.append(path)
     return paths
 
