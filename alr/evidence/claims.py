@@ -68,6 +68,10 @@ def compute_one(key: str, claim: dict, suite: Runs | None) -> dict:
         lone = sorted(set(sides[0].index) ^ set(sides[1].index))
         notes += [f"unpaired seeds left out: {', '.join(map(str, lone))}"] * bool(lone)
         sides = [s.loc[common] for s in sides]
+    if claim["metric"].startswith("over_"):             # NaN where the others have no run at a seed
+        lone = sorted(set(sides[0].index[sides[0].isna()]))
+        notes += [f"unpaired seeds left out: {', '.join(map(str, lone))}"] * bool(lone)
+        sides = [sides[0].dropna()]
     used = suite.provenance[suite.provenance["arm"].isin(arms)]
     seeds = sorted({int(seed) for side in sides for seed in side.index})
     out |= {"seeds": seeds, "source": _source(out["source"], used, arms)}

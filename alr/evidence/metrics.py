@@ -93,7 +93,8 @@ def adaptation_share(run: Runs, suite: Runs) -> float:
 def over_best(run: Runs, suite: Runs, others: list[str], metric: str = "test_loss") -> float:
     """This run's number less that of the best of other arms at the same seed.
 
-    The best is the arm with the lowest mean validation loss over all of its seeds, so the test split chooses nothing.
+    The best is the arm with the lowest mean validation loss over all of its seeds, so the test split chooses nothing.  NaN
+    at a seed that the others do not have.
     """
     ends = suite.ends[suite.ends["arm"].isin(others)]
     means = ends.groupby("arm")["val_loss"].mean()
@@ -103,7 +104,7 @@ def over_best(run: Runs, suite: Runs, others: list[str], metric: str = "test_los
 def over_median(run: Runs, suite: Runs, others: list[str], metric: str = "test_loss") -> float:
     """This run's number less the median of other arms at the same seed: what a shape costs that nobody has searched for."""
     ends, seed = suite.ends[suite.ends["arm"].isin(others)], _seed(run)
-    return _own(run, metric) - float(pd.Series([_of(ends, others, arm, seed, metric) for arm in others]).median())
+    return _own(run, metric) - float(pd.Series([_of(ends, others, arm, seed, metric) for arm in others]).median(skipna=False))
 
 
 def _seed(run: Runs) -> int:
@@ -115,12 +116,11 @@ def _own(run: Runs, metric: str) -> float:
 
 
 def _of(ends: pd.DataFrame, others: list[str], arm: str, seed: int, metric: str) -> float:
-    """ValueError, naming the arm, where it has no run at this seed."""
+    """NaN where the arm has no run at this seed; ValueError, naming them, for arms that have none at all."""
+    if missing := sorted(set(others) - set(ends["arm"])):
+        raise ValueError(f"{', '.join(missing)}: no runs, and wanted are some of each of {others}.")
     found = ends.loc[(ends["arm"] == arm) & (ends["seed"] == seed), metric]
-    if len(found) != 1:
-        missing = sorted(set(others) - set(ends.loc[ends["seed"] == seed, "arm"]))
-        raise ValueError(f"{', '.join(missing) or arm}: {len(found)} runs at seed {seed}; wanted one of each of {others}.")
-    return float(found.iloc[0])
+    return float(found.iloc[0]) if len(found) else math.nan
 
 
 METRICS = {f.__name__: f for f in (steps_to_loss, seconds_to_loss, best_val_loss, val_loss_at, role_rank, role_gap,
