@@ -34,7 +34,7 @@ KNOWN = {       # colour -> names; the place in its row gives a name its dash an
     SKY: ("v6", "v7.5", "from rank 16", "from rank 32", "from rank 128", "from rank 8", "from rank 4", "no spectral init",
           "AdamW on the factors", "multiples of 8", "a loss of 2 is enough", "from half", "from break-even"),
     GREY: ("no blocks", "baseline", "held", "without mask", "no decay", "strong decay", "exact estimate", "small start",
-           "large start", "worth and cut by energy", "worth by the loss, cut by energy"),
+           "large start", "worth and cut by energy", "worth by the loss, cut by energy", "grouped", "coarse-to-fine"),
 }
 OTHERS = [      # kinds of names that never share axes with an arm
     {BLUE: ("q",), SKY: ("k",), PURPLE: ("v",), VERMILION: ("o", "fc2"), GREEN: ("up", "fc1"), ORANGE: ("down",)},  # roles
