@@ -215,7 +215,8 @@ def shown(name):
 def test_the_page_of_claims_shows_what_claims_json_says():
     rows = {key: row for row, key in re.findall(r'(<tr><td id="claim-([^"]+)".*?</tr>)', shown("claims"))}
     found = claims.read()
-    assert sorted(rows) == sorted(found), "make refresh ONLY=claims"
+    retired = load(RETIRED / "claims.toml").keys()      # a table of their own at the end of the page
+    assert sorted(rows.keys() - retired) == sorted(found), "make refresh ONLY=claims"
     for key, claim in found.items():
         value = "" if claim["value"] is None else f">{phrase(claim).partition(' ')[0]}<br>"
         for words in (html.escape(claim["text"]), f">{claim['verdict']}</span>", html.escape(condition(claim)), value):
