@@ -3,7 +3,7 @@
 
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
-.PHONY: help env book test train runs claims confirm refresh lab lint fuzz bench pdf diff clean
+.PHONY: help env book pages test train runs claims confirm refresh lab lint fuzz bench pdf diff clean
 
 PYTHON  ?= python3
 VENV    ?= .venv
@@ -42,6 +42,9 @@ env:
 book: env ## run every notebook, build the HTML book, say which file to open; goes on where it was cut off
 	@$(PY) book/notebooks.py run --profile "$(PROFILE)"
 	@$(PY) book/build.py html --profile "$(PROFILE)"
+
+pages: env ## the HTML book from the notebooks' committed outputs, none of them run: about a minute
+	@$(PY) book/build.py html --stored
 
 test: env ## unit tests, then every notebook as committed (nbval); goes on where it was cut off
 	@TQDM_DISABLE=1 $(PY) -m pytest tests
