@@ -186,7 +186,8 @@ def test_the_leaderboard_lights_up_and_switches(open_page):
 
 def test_claims_can_be_filtered(open_page):
     page = open_page("notebooks/claims", width=390)
-    seen = "[...document.querySelectorAll('.alr-claims tbody tr:not(.alr-chapter)')].filter(r => !r.hidden)"
+    table = "document.querySelector('.alr-claims')"         # the first; retired claims have one of their own, with its filter
+    seen = f"[...{table}.querySelectorAll('tbody tr:not(.alr-chapter)')].filter(r => !r.hidden)"
     every = page.run(f"{seen}.length")
     verdict = page.run("(() => { const s = document.querySelector('.alr-filter select'); s.selectedIndex = 1;"
                        " s.dispatchEvent(new Event('change')); return s.value; })()")
