@@ -63,15 +63,15 @@ def compute_one(key: str, claim: dict, suite: Runs | None) -> dict:
         there = f"; there are {', '.join(suite.arms)}" if suite else ", nor of any other"
         return out | {"note": f"no records of {' and '.join(absent)}{there}"}
     sides, notes = [_values(key, claim, suite, arm) for arm in arms], []
+    left_out = []
     if claim.get("paired"):
         common = sides[0].index.intersection(sides[1].index)
-        lone = sorted(set(sides[0].index) ^ set(sides[1].index))
-        notes += [f"unpaired seeds left out: {', '.join(map(str, lone))}"] * bool(lone)
+        left_out = sorted(set(sides[0].index) ^ set(sides[1].index))
         sides = [s.loc[common] for s in sides]
-    if claim["metric"].startswith("over_"):             # NaN where the others have no run at a seed
-        lone = sorted(set(sides[0].index[sides[0].isna()]))
-        notes += [f"unpaired seeds left out: {', '.join(map(str, lone))}"] * bool(lone)
+    elif "single" in claim and no_difference(claim) is not None:    # over_...: NaN where the others have no run at a seed
+        left_out = sorted(set(sides[0].index[sides[0].isna()]))
         sides = [sides[0].dropna()]
+    notes += [f"unpaired seeds left out: {', '.join(map(str, left_out))}"] * bool(left_out)
     used = suite.provenance[suite.provenance["arm"].isin(arms)]
     seeds = sorted({int(seed) for side in sides for seed in side.index})
     out |= {"seeds": seeds, "source": _source(out["source"], used, arms)}

@@ -145,13 +145,13 @@ def older(folder: str | Path) -> list[tuple[int, Path]]:
 
 def _prune(folder: Path, keep: int) -> None:
     """Delete what nobody needs any more, of our own alone."""
-    latest = seal(folder / STATE)
-    states = [path for step, path in older(folder) if step != latest.step]
+    latest, there = seal(folder / STATE), older(folder)
+    kept = [path for step, path in there if step != latest.step][:keep - 1]
     with contextlib.suppress(OSError):                  # what cannot be deleted stays; the new pair stands
-        for _, path in older(folder):
-            if path not in states[:keep - 1]:
+        for _, path in there:
+            if path not in kept:
                 path.unlink()
-        used = {latest.weights, *(s.weights for path in states[:keep - 1] if (s := seal(path)))}
+        used = {latest.weights, *(s.weights for path in kept if (s := seal(path)))}
         for path in _our_weights(folder):
             if path.name not in used:
                 path.unlink()
