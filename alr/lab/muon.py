@@ -15,8 +15,8 @@ from ..rules import exact, orthogonalize, shape_scale
 class Muon(torch.optim.Muon):
     """torch.optim.Muon with the same settings and state, its orthogonal factor found in float32, shape by shape.
 
-    On a CPU without bfloat16 units a step of torch's costs four fifths of the training of a small model; this one
-    costs about a tenth.  Where torch's rounds to bfloat16 the two differ by that rounding and by nothing else.
+    On a CPU without bfloat16 units torch's steps can cost more than all the rest of a small model's training.  Where torch's
+    rounds to bfloat16 the two differ by that rounding and by nothing else.
     """
 
     @torch.no_grad()
