@@ -56,6 +56,32 @@ class Schedule(Control):
 
 
 @dataclass(frozen=True)
+class Stairs(Control):
+    """Every layer goes to one rank, in so many equal changes spread evenly over training (the dose experiment of chapter 12).
+
+    Change i of `changes` is due when i / (changes + 1) of the steps are done, and happens at the next decision.  A layer
+    that starts at rank r has then the rank r + (rank - r) i / changes, rounded, its cap permitting: from 64 to 28 in 36
+    changes is one direction at a time, in one change all 36 at half-time.
+    """
+
+    rank: Count
+    changes: Count = 1
+    wants = None
+    needs_total_steps = True
+
+    def init(self, ranks):
+        return list(ranks)
+
+    def step(self, ranks, targets, memory, signal):
+        due = min(self.changes, int(signal.progress * (self.changes + 1) + 1e-9))       # 1e-9: 20 / 740 * 37 is one
+        wanted = [round(first + (self.rank - first) * due / self.changes) for first in memory]
+        return [min(k, cap) for k, cap in zip(wanted, signal.caps, strict=True)], memory
+
+    def finished(self, ranks, memory, signal):
+        return list(ranks) == [min(self.rank, cap) for cap in signal.caps]
+
+
+@dataclass(frozen=True)
 class Bidirectional(Control):
     """Script v10: a safety factor, an exponential moving average, a dead band, a step limit; each layer on its own.
 

@@ -153,13 +153,16 @@ class Transport(_Policy):
     untuned): with v = 0 and an old step count, Adam's first step for them would be about three times its usual length.
 
     For Adam, AdamW, NAdam, RAdam, SGD with momentum, Muon, and `optim.PairOptimizer`; others are refused by name.
-    first=False: the first moment starts again from zero and only the second is carried (the experiment of chapter 12).
+    first=False: the first moment starts again from zero and only the second is carried.  count=False: the moments are
+    carried and the step counter of the changed factors starts again from zero, so that Adam takes its averages for young
+    ones and divides by 1 - beta^step once more.  Both are experiments of chapter 12.
     """
 
     first: bool = True
+    count: bool = True
 
     def check(self, optimizers) -> None:
-        """TypeError for an optimizer whose state this policy does not understand."""
+        """TypeError for an optimizer whose state this policy does not understand, or that counts no steps to set back."""
         known = tuple(getattr(torch.optim, name) for name in ("Adam", "AdamW", "NAdam", "RAdam", "SGD", "Muon")
                       if hasattr(torch.optim, name))
         for optimizer in optimizers:
@@ -170,6 +173,10 @@ class Transport(_Policy):
                 raise TypeError(f"Transport: {type(optimizer).__name__} keeps state that is not known to be averages of "
                                 f"gradients ({', '.join(LINEAR)}) or of their squares ({', '.join(SQUARE)}), as Adam, AdamW, "
                                 f"NAdam, RAdam, SGD and Muon do. {advice}.")
+            if not self.count and not (isinstance(optimizer, known[:4])):
+                raise TypeError(f"Transport: count=False sets the step counter of Adam's family back, and "
+                                f"{type(optimizer).__name__} corrects no averages by one. Use Adam, AdamW, NAdam or RAdam "
+                                "for the factors, or leave count out.")
 
     @torch.no_grad()
     def plan(self, optimizers, swaps) -> Plan:
@@ -178,6 +185,8 @@ class Transport(_Policy):
             for move, state in zip((U, V), carried(swap, U, V)):
                 if not self.first:
                     state |= {key: torch.zeros_like(M) for key, M in state.items() if key in LINEAR and M is not None}
+                if not self.count and "step" in state:
+                    state["step"] = torch.zeros_like(state["step"])
                 out.append(move._replace(state=state))
         return Plan(tuple(out))
 

@@ -1,6 +1,7 @@
 """Laws of `alr.control`: no torch, fixed points, bounded steps; and v10 at its edges."""
 
 import ast
+import json
 import pathlib
 
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import alr.control
-from alr.control import Bidirectional, Hold, Schedule, Signal
+from alr.control import Bidirectional, Hold, Schedule, Signal, Stairs
 
 CAPS = Signal(caps=(512, 512))
 
@@ -77,3 +78,19 @@ def test_a_schedule_does_not_listen():
     assert at == [[64, 64], [60, 40], [60, 40], [30, 30], [30, 30]]
     named = Schedule(path=((10, {"a": 5}),)).step([64, 64], [1.0, 1.0], [], Signal(caps=[512, 512], step=10, names=["a", "b"]))
     assert named == ([5, 64], [])
+
+
+@pytest.mark.parametrize("changes", [1, 3, 9, 18, 36])
+def test_stairs_make_the_same_way_in_so_many_equal_steps(changes):
+    c, path = Stairs(rank=28, changes=changes), [[64, 20]]
+    memory = c.init(path[0])
+    assert memory == [64, 20] and json.loads(json.dumps(memory)) == memory
+    for step in range(20, 741, 20):
+        signal = Signal(caps=[512, 25], step=step, progress=step / 740)
+        assert not c.finished(path[-1], memory, signal) or path[-1] == [28, 25]
+        path.append(c.step(path[-1], [], memory, signal)[0])
+    moves = [b[0] - a[0] for a, b in zip(path, path[1:]) if a != b]
+    assert moves == [-36 // changes] * changes and path[-1] == [28, 25]          # the second grows, up to its cap
+    first = next(i for i, ranks in enumerate(path) if ranks[0] < 64)
+    assert first == -(-37 // (changes + 1)), "the first change comes when its share of training has passed"
+    assert c.finished(path[-1], memory, signal)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from alr import LowRankLinear, RankAdapter, Recipe
+from alr import LowRankLinear, PairOptimizer, RankAdapter, Recipe
 from alr.factor import change_of_basis
 from alr.history.resize import SvdFull
 from alr.resize import SvdCore
@@ -185,7 +185,7 @@ def test_slicing_is_not_transport_and_zeroing_zeroes_the_first_moment_alone():
     truth, tu, _ = gathered(U2, V2, gradients, torch.optim.Adam)
     true = truth.state[tu]["exp_avg"].flatten()
     got = {}
-    for policy in (Transport(), Slice(), Transport(first=False)):
+    for policy in (Transport(), Slice(), Transport(first=False), Transport(count=False)):
         optimizer, pu, pv = gathered(U, V, gradients, lambda p: torch.optim.Adam(p, lr=0.0))
         new_u, new_v = nn.Parameter(U2), nn.Parameter(V2)
         policy([optimizer], [Swap(pu, pv, new_u, new_v)])
@@ -194,3 +194,16 @@ def test_slicing_is_not_transport_and_zeroing_zeroes_the_first_moment_alone():
     assert abs(cos(got[Slice()]["exp_avg"].flatten(), true, 0)) < 0.5
     assert (got[Transport(first=False)]["exp_avg"] == 0).all()
     close(got[Transport(first=False)]["exp_avg_sq"], got[Transport()]["exp_avg_sq"])
+    for key in ("exp_avg", "exp_avg_sq"):
+        close(got[Transport(count=False)][key], got[Transport()][key])
+    assert got[Transport(count=False)]["step"] == 0 and got[Transport()]["step"] == len(gradients)
+
+
+@pytest.mark.parametrize("name", ["sgd", "plain sgd"])
+def test_an_optimizer_that_counts_nothing_cannot_have_its_counter_set_back(name):
+    model = one_layer()
+    with pytest.raises(TypeError, match="corrects no averages"):
+        RankAdapter(model, make(name, model), Recipe("test", state=Transport(count=False)))
+    pairs = PairOptimizer(model)
+    with pytest.raises(TypeError, match="PairOptimizer"):
+        RankAdapter(model, pairs, Recipe("test", state=Transport(count=False)))
