@@ -39,7 +39,7 @@ KNOWN = {       # colour -> names; the place in its row gives a name its dash an
 OTHERS = [      # kinds of names that never share axes with an arm
     {BLUE: ("q",), SKY: ("k",), PURPLE: ("v",), VERMILION: ("o", "fc2"), GREEN: ("up", "fc1"), ORANGE: ("down",)},  # roles
     {BLUE: ("transport",), VERMILION: ("stale",), GREEN: ("slice",), PURPLE: ("reset layer", "reset"),              # policies
-     ORANGE: ("reset all",), SKY: ("zero first moment",), INK: ("keep",)},
+     ORANGE: ("reset all",), SKY: ("zero first moment",), INK: ("keep",), GREY: ("counter back",)},
     {VERMILION: ("stable rank",), PURPLE: ("scaled stable rank",), INK: ("effective rank",), SKY: ("energy share",),
      GREEN: ("output energy",), ORANGE: ("loss by direction",), BLUE: ("Fisher importance",)},                     # estimators
     {BLUE: ("tangent",), PURPLE: ("Spectron",), GREEN: ("LoRA-Muon",), SKY: ("LoRA-TSD",), VERMILION: ("AdamW",),
