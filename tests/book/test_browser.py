@@ -163,7 +163,7 @@ def test_the_player_plays(open_page):
 
 
 def test_without_scripts_the_pictures_stand_still(open_page):
-    name = holding('data-kind="ranks"')
+    name = "touch"
     page = open_page(name, scripts=False)
     page.call("Emulation.setScriptExecutionDisabled", value=False)
     stills = "[...document.querySelectorAll('.alr-still img')].filter(i => i.getBoundingClientRect().height > 100).length"
