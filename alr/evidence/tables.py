@@ -1,6 +1,7 @@
 """One look for tables of numbers: columns in words, rounded values, short commits.  pandas in, HTML out; no torch.
 
     table(records.leaderboard(runs.ends), digits={"val_loss": 3})
+    show_frames()                       # in a notebook: from here on every DataFrame that a cell ends with looks like that
 
 The pages' styles and scripts do the rest: a wide table scrolls, on a phone each row is a card.
 """
@@ -34,7 +35,7 @@ def _word(column: object, names: Mapping[str, str]) -> str:
 
 def _cell(value: object, digits: int) -> Html:
     """A value as a reader wants it: a dash for nothing, yes and no, thousands apart, seven digits of a commit."""
-    if value is None or (isinstance(value, float) and pd.isna(value)):
+    if value is None or value is pd.NA or (isinstance(value, float) and pd.isna(value)):
         return tag("td", DASH)
     if isinstance(value, bool) or type(value).__name__ == "bool_":
         return tag("td", "yes" if value else "no")
@@ -67,3 +68,32 @@ def table(frame: pd.DataFrame, names: Mapping[str, str] | None = None, digits: i
     rows = [tag("tr", *(_cell(value, by.get(str(c), usual)) for c, value in zip(columns, row, strict=True)))
             for row in frame[columns].astype(object).itertuples(index=False)]
     return tag("div", tag("table", tag("thead", head), tag("tbody", *rows), class_="alr-table"), class_="alr-html")
+
+
+def decimals(column: pd.Series, most: int = 3) -> int:
+    """How many decimals a column has, `most` at most: what a frame was rounded to is how it is shown."""
+    numbers_ = [float(x) for x in column if isinstance(x, numbers.Real) and pd.notna(x)]
+    return next((d for d in range(most) if all(round(x, d) == round(x, most) for x in numbers_)), most)
+
+
+def framed(frame: pd.DataFrame) -> Html:
+    """A frame as a cell of a notebook shows it: every column, as many decimals as it was rounded to.
+
+    Columns of several levels become one ("spectrum, 8"); the name of the columns stands above an index without a name.
+    """
+    flat = frame.copy()
+    flat.columns = [", ".join(map(str, c)) if isinstance(c, tuple) else str(c) for c in frame.columns]
+    if flat.index.nlevels == 1 and flat.index.name is None and frame.columns.nlevels == 1 and frame.columns.name:
+        flat.index = flat.index.rename(str(frame.columns.name))
+    return table(flat, digits={c: decimals(flat[c]) for c in flat.columns if flat.columns.tolist().count(c) == 1}, clock=True)
+
+
+def show_frames() -> None:
+    """Let IPython show every DataFrame as `framed` does.  Outside of IPython nothing happens: there is nothing to show."""
+    try:
+        from IPython import get_ipython
+    except ImportError:
+        return
+    shell = get_ipython()
+    if shell is not None:
+        shell.display_formatter.formatters["text/html"].for_type(pd.DataFrame, lambda frame: str(framed(frame)))

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from alr.evidence.tables import table
+from alr.evidence.tables import framed, show_frames, table
 
 COMMIT = "4f4795ee54f925b78107d52a51535829654d00cb"
 FRAME = pd.DataFrame({"val_loss": [4.56789, np.nan], "params_blocks": [138496, 12], "commit": [COMMIT, "unknown"],
@@ -42,3 +42,25 @@ def test_an_index_that_only_counts_is_no_column():
 def test_a_column_that_is_not_there_is_named():
     with pytest.raises(ValueError, match="no column 'loss'; there are arm, val_loss"):
         table(FRAME, digits={"loss": 2})
+
+
+def test_a_frame_of_a_notebook_keeps_every_column_and_its_own_decimals():
+    frame = pd.DataFrame({"loss": [4.5, 4.625], "share": [0.5, 0.25], "ms": [3.0, 12.0], "what": ["a", None],
+                          "seen": [pd.NA, 3]},
+                         index=["v8", "v9"]).rename_axis(columns="arm")
+    html = framed(frame)
+    assert cells(html, "th") == ["arm", "loss", "share", "ms", "what", "seen"]
+    assert cells(html)[:5] == ["v8", "4.500", "0.50", "3", "a"] and cells(html)[-2:] == ["&ndash;", "3"]
+    wide = pd.DataFrame([[1, 2]], index=["x"], columns=pd.MultiIndex.from_tuples([("cut", 8), ("cut", 16)]))
+    assert cells(framed(wide), "th") == ["cut, 8", "cut, 16"]
+    assert frame.columns.name == "arm" and wide.columns.nlevels == 2, "the frame itself is left alone"
+
+
+def test_frames_are_shown_so_in_ipython_and_nowhere_else(monkeypatch):
+    from IPython.core.interactiveshell import InteractiveShell
+    show_frames()                                               # no IPython runs here: nothing happens
+    shell = InteractiveShell()
+    monkeypatch.setattr("IPython.get_ipython", lambda: shell)
+    show_frames()
+    data, _ = shell.display_formatter.format(pd.DataFrame({"a": [1]}))
+    assert "alr-table" in data["text/html"] and "alr-table" not in data["text/plain"]
