@@ -406,7 +406,7 @@ class Observer:
     # ---------------------------------------------------------------- to stop and to go on
 
     def state_dict(self) -> dict:
-        """Tensors and plain numbers: all that was booked so far."""
+        """Tensors and plain numbers: all that was booked so far, of several processes by this one (see `shared_out`)."""
         books = {name: {"pending": {k: x.clone() for k, x in book.pending().items()},
                         "total": {k: x.clone() for k, x in book.total.items()},
                         "A": book.A, "B": book.B} for name, book in self.books.items()}
@@ -429,6 +429,26 @@ class Observer:
         self.__dict__.update(state)
         if self.open:
             self._install()
+
+
+@torch.no_grad()
+def shared_out(states: Sequence[dict], size: int) -> list[dict]:
+    """State dicts of the observers of several processes -> those with which `size` of them go on between two steps.
+
+    The first is given all that was seen and the others nothing; their sum is what it was, up to rounding.
+    """
+    turned, books = states[0]["turned"], {}
+    good = torch.stack([state["good"] for state in states]).mean(0)             # (2,)
+    for name, book in states[0]["books"].items():
+        total = {}
+        for key, mine in book["total"].items():
+            parts = torch.stack([state["books"][name]["total"][key] for state in states])      # (processes, ...)
+            whole = mine if turned and key in ("H", "K") else parts.sum(0)      # `turn` has summed these two
+            total[key] = whole * (size / len(states)) if key in ("K", "felt", "G") and whole is not mine else whole
+        books[name] = book | {"total": total}
+    nothing = {name: book | {"total": {key: torch.zeros_like(x) for key, x in book["total"].items()}}
+               for name, book in books.items()}
+    return [states[0] | {"good": good, "books": books}] + [states[0] | {"good": good, "books": nothing}] * (size - 1)
 
 
 def directions(name: str, both: tuple[Tensor, Tensor], H: Tensor, K: Tensor) -> tuple[Tensor, Tensor, Tensor]:
