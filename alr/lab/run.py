@@ -17,8 +17,9 @@ from ..adapt import RankAdapter, Recipe
 from ..axes import each
 from ..factor import check_rank
 from ..linear import picks
+from ..observe import shared_out
 from . import checkpoint
-from .config import Config, MissingFile, SettingError, flag
+from .config import Config, MissingFile, SettingError
 from .data import Corpus, corpus
 from .device import memory_limit, pick_device, pick_dtype, processor
 from .log import Lines, Log, provenance, seed_line
@@ -67,11 +68,12 @@ class Run:
         return self.optimizers[0]
 
     def own(self) -> dict:
-        """What this process alone knows: its random numbers and its share of this epoch's loss."""
+        """What this process alone knows: its random numbers, its share of this epoch's loss, what it saw in an open window."""
         rng = {"cpu": torch.get_rng_state()}
         if self.device.type != "cpu":
             rng[self.device.type] = torch.get_device_module(self.device).get_rng_state()
-        return {"rng": rng, "running": self.running.cpu()}
+        observer = self.adapter.observer
+        return {"rng": rng, "running": self.running.cpu(), "seen": None if observer is None else on_cpu(observer.state_dict())}
 
     def save(self, each: list[dict] | None = None) -> None:
         """Write a checkpoint to config.out, if there is one.  each: `own` of every process, where there are several."""
@@ -89,9 +91,14 @@ class Run:
     def restore(self, state: dict, workers: Workers) -> None:
         """Go back to a checkpoint's state; the weights are in the model already, and the optimizers are new.
 
-        As many processes as before go on exactly; with another number, all but the first draw new random numbers.
+        As many processes as before go on exactly; with another number, sums are taken in another order, and all processes but
+        the first draw new random numbers.
         """
-        self.adapter.load_state_dict(state["adapter"])
+        same = processes(state) == workers.size
+        seen = [x.get("seen", state["adapter"]["seen"]) for x in state["each"] or [state["adapter"]]]
+        if not same and seen[0] is not None:
+            seen = shared_out(seen, workers.size)
+        self.adapter.load_state_dict(state["adapter"] | {"seen": seen[0] and seen[workers.rank]})
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         for name in ("step", "epoch", "val_loss", "spent", "seconds", "resumed"):
@@ -99,7 +106,6 @@ class Run:
         if not 0 <= self.step <= self.config.steps or self.epoch != self.step // self.config.steps_per_epoch and (
                 self.step != (self.epoch + 1) * self.config.steps_per_epoch):
             raise ValueError(f"step {self.step} of epoch {self.epoch} is no moment of this run")
-        same = len(state["each"] or [None]) == workers.size
         mine = state["each"][workers.rank] if state["each"] and same else state
         self.running = mine["running"].to(self.device)
         if same or workers.rank == 0:
@@ -108,6 +114,20 @@ class Run:
                 torch.get_device_module(self.device).set_rng_state(mine["rng"][self.device.type])
         else:
             draw_apart(self, workers)
+
+
+def on_cpu(x):
+    """A nest of dicts, lists and tensors with its tensors on the CPU."""
+    if isinstance(x, dict):
+        return {key: on_cpu(value) for key, value in x.items()}
+    if isinstance(x, list):
+        return [on_cpu(value) for value in x]
+    return x.cpu() if isinstance(x, Tensor) else x
+
+
+def processes(state: dict) -> int:
+    """How many processes a checkpoint is of."""
+    return len(state["each"] or [None])
 
 
 def draw_apart(run: Run, workers: Workers) -> None:
@@ -162,9 +182,16 @@ def prepare(config: Config, recipe: Recipe | None = None, workers: Workers | Non
         raise ValueError(f"{Path(config.out) / checkpoint.STATE} does not fit this run ({type(error).__name__}: {error}); "
                          "start anew in another folder.") from error
     if not ended(run):
-        run.resumed.append({"step": run.step, "started": now(), "device": device.type, "processor": processor(device),
-                            "threads": torch.get_num_threads(), "processes": workers.size, **provenance()})
+        here = {"device": device.type, "processor": processor(device), "threads": torch.get_num_threads(),
+                "processes": workers.size, **provenance()}
+        run.resumed.append({"step": run.step, "started": now(), **here, "exact": exact(run, saved, here)})
     return run
+
+
+def exact(run: Run, saved: dict, here: dict) -> bool:
+    """Does a resumed run go on bit for bit, by all that is known: as many processes, and the same machine and torch?"""
+    before = (run.resumed or run.log or [{}])[-1 if run.resumed else 0] | {"processes": processes(saved)}
+    return all(before.get(key) == here[key] for key in ("device", "processor", "threads", "processes", "torch"))
 
 
 def find_corpus(config: Config) -> Corpus:
@@ -247,7 +274,7 @@ def _saved(config: Config, given: str) -> dict | None:
         raise SettingError("{resume} needs {out}, the folder that holds the checkpoint.")
     if not config.resume:
         if config.out is not None and checkpoint.exists(config.out):
-            raise SettingError(f"{{out}}: {config.out} holds a checkpoint already; add {flag('resume')} to go on from it, or "
+            raise SettingError(f"{{out}}: {config.out} holds a checkpoint already; add {{resume}} to go on from it, or "
                                "choose another folder.")
         return None
     saved, mine = checkpoint.load(config.out), config.describe()
@@ -276,14 +303,14 @@ def adjust(recipe: Recipe, config: Config) -> Recipe:
     """The recipe with --init-rank and --min-rank.  ValueError where it has no such thing."""
     if config.init_rank is not None:
         if recipe.rank is None:
-            raise SettingError(f"{{recipe}} {recipe.name!r} is dense and has no ranks; leave out {flag('init_rank')}.")
+            raise SettingError(f"{{recipe}} {recipe.name!r} is dense and has no ranks; leave out {{init_rank}}.")
         recipe = replace(recipe, rank=config.init_rank)
     if config.min_rank is not None:
         try:
             recipe = replace(recipe, control=each(recipe.control, min_rank=config.min_rank))
         except TypeError:                               # no such field
             raise SettingError(f"{{recipe}} {recipe.name!r} chooses ranks by {recipe.control}, which knows no least rank; "
-                             "leave out --min-rank.") from None
+                             "leave out {min_rank}.") from None
     return recipe
 
 

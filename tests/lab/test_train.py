@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import random
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -411,7 +412,7 @@ def test_ctrl_c_during_start_up_is_quiet(tmp_path):
 def test_another_run_is_neither_overwritten_nor_resumed(small, tmp_path):
     mine = replace(small, out=str(tmp_path / "out"))
     train(mine, quiet=True)
-    with pytest.raises(ValueError, match="holds a checkpoint already; add --resume"):
+    with pytest.raises(ValueError, match="holds a checkpoint already; add resume to go on"):
         train(mine, quiet=True)
     with pytest.raises(ValueError, match="resume: lr is 0.5, but 0.01 in the checkpoint"):
         train(replace(mine, lr=0.5, resume=True), quiet=True)
@@ -566,26 +567,29 @@ def test_processes_share_a_batch():
     assert [len(x) for x in seen] == [2, 2, 2] and same(torch.cat(seen).sort(0).values, batch)
 
 
-def worker(rank, port, config, interrupt):
+def worker(rank, port, config, interrupt, kill):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
                       MASTER_PORT=str(port))
 
     def callback(run):
         if interrupt and rank == 1 and run.step == 4:
             os.kill(os.getpid(), signal.SIGINT)         # one is told, both stop, at the same step
+        if (rank, run.step) in kill:
+            os.kill(os.getpid(), signal.SIGKILL)
     try:
         train(config, callback=callback, quiet=True)
     except KeyboardInterrupt:
         sys.exit(130)
 
 
-def two_processes(config, interrupt=False):
+def two_processes(config, interrupt=False, kill=()):
+    """Exit codes of two processes that train; kill: (number of the process, step) at which one kills itself."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     # what torchrun does, without importing torch anew where the system can fork
     start = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    both = [start.Process(target=worker, args=(rank, port, config, interrupt), daemon=True) for rank in (0, 1)]
+    both = [start.Process(target=worker, args=(rank, port, config, interrupt, kill), daemon=True) for rank in (0, 1)]
     for process in both:
         process.start()
     for process in both:
@@ -633,6 +637,59 @@ def test_two_processes_go_on_with_their_own_random_numbers(small, tmp_path):
             assert (tmp_path / "never" / f"{name}-{number:08d}.{suffix}").exists()
     os.replace(tmp_path / "never" / "state-00000008.pt", tmp_path / "never" / "state.pt")
     assert train(replace(never, resume=True), quiet=True).log[-1]["resumed"][-1]["processes"] == 1
+
+
+# a decision every 6 steps, by what the 4 steps before it showed; of `cut` the first two choose directions for the other two
+SEES = {"grow": dict(recipe="replace(repaired, every=6, epoch=6, control=Schedule(((0, 4), (6, 7), (12, 10))), "
+                            "resize=GrowAlongGradient(steps=4))", init_rank=4, min_rank=None),
+        "cut": dict(recipe="replace(alr, every=6, epoch=6, estimate=FisherSpectrum(steps=4), resize=FisherCut(steps=4), "
+                           "control=Budget(share=0.2, begin=0.1, end=1.2, min_rank=1))", optimizer="pairs", min_rank=None)}
+
+
+@pytest.mark.filterwarnings("ignore:RankAdapter. Budget")
+@pytest.mark.parametrize("name", SEES)
+def test_processes_are_killed_and_others_go_on(small, tmp_path, name):
+    """In the middle of a window: 2 -> 2 ends bit for bit where two that are not killed do; 2 -> 1 and 1 -> 2 end there to
+    rounding, which the log says."""
+    small = replace(small, epochs=3, steps_per_epoch=6, dropout=0.0, save_every=1, keep=18, **SEES[name])
+    one, two, cut = (replace(small, out=str(tmp_path / x)) for x in ("one", "two", "cut"))
+    never = train(one, quiet=True)
+    assert two_processes(two) == [0, 0]
+    assert two_processes(cut, kill={(0, 4), (1, 4)}) == [-signal.SIGKILL, -signal.SIGKILL]
+    assert checkpoint.load(cut.out)["step"] == 3 and checkpoint.load(cut.out)["each"][1]["seen"]["done"] == 1
+    assert two_processes(replace(cut, resume=True)) == [0, 0]
+    a, b = checkpoint.load(two.out), checkpoint.load(cut.out)
+    assert same([a[k] for k in ("optimizers", "rng", "each")], [b[k] for k in ("optimizers", "rng", "each")])
+    a, b = load(two.out, device="cpu"), load(cut.out, device="cpu")
+    assert same(a.model.state_dict(), b.model.state_dict())
+    assert [r["exact"] for r in b.log[-1]["resumed"]] == [True]
+    resizes = [[x["step"], x["layer"], x["old"], x["new"]] for x in never.log if x["kind"] == "resize"]
+    assert {6, 12} <= {x[0] for x in resizes}
+    for begun, step, go_on in ((two, 3, 1), (two, 5, 1), (one, 4, 2)):      # before and after `cut` has chosen directions
+        moved = replace(begun, out=str(tmp_path / f"{go_on} from {step}"), resume=True)
+        shutil.copytree(begun.out, moved.out)
+        os.replace(os.path.join(moved.out, f"state-{step:08d}.pt"), os.path.join(moved.out, "state.pt"))
+        if go_on == 1:
+            train(moved, quiet=True)
+        else:
+            assert two_processes(moved) == [0, 0]
+        again = load(moved.out, device="cpu")
+        assert [(r["processes"], r["exact"]) for r in again.log[-1]["resumed"]] == [(go_on, False)]
+        assert [[x["step"], x["layer"], x["old"], x["new"]] for x in again.log if x["kind"] == "resize"] == resizes
+        for p, q in zip(never.model.parameters(), again.model.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("dead", [0, 1])
+def test_a_process_that_is_killed_ends_the_other_and_loses_what_came_after_the_last_save(small, tmp_path, dead):
+    small = replace(small, dropout=0.0, save_every=2)
+    never, cut = replace(small, out=str(tmp_path / "never")), replace(small, out=str(tmp_path / "cut"))
+    assert two_processes(never) == [0, 0]
+    ends = two_processes(cut, kill={(dead, 3)})
+    assert ends[dead] == -signal.SIGKILL and ends[1 - dead] == 1
+    assert checkpoint.load(cut.out)["step"] == 2
+    assert two_processes(replace(cut, resume=True)) == [0, 0]
+    assert same(load(never.out, device="cpu").model.state_dict(), load(cut.out, device="cpu").model.state_dict())
 
 
 def test_two_processes_equal_one_under_the_pair_optimizer(small, tmp_path):
