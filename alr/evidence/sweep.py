@@ -7,6 +7,7 @@ that is not a record yet and becomes one, thinned, in a single rename at its end
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import math
@@ -14,6 +15,7 @@ import multiprocessing
 import os
 import random
 import shutil
+import socket
 import sys
 import tempfile
 import threading
@@ -31,7 +33,7 @@ from tqdm import tqdm
 from ..lab import Config, train
 from ..lab.data import Corpus
 from ..lab.device import pick_device
-from ..lab.files import held
+from ..lab.files import held, open_locked
 from ..lab.log import digest
 from ..lab.optimizers import read_by
 from ..lab.run import adjust, check_ranks, find_corpus, fits_memory
@@ -42,6 +44,7 @@ from .records import run_and_end, thin, verify_digest
 from .suite import Job, Suite, load
 
 RUNNING = ".running-"                   # how the folder of a run at work begins
+LOCK = ".sweep.lock"                    # in a suite's folder while a sweep records there: which process it is
 NOT_COMPARED = {"seconds", "tokens_per_s", "time_sec", "peak_memory_mb", "digest", "started", "commit", "dirty", "source",
                 "command", "config", "resumed"}     # differ between two honest runs of the same thing
 
@@ -177,9 +180,42 @@ def sweep(suite: Suite, jobs: int = 1, data: Path = DATA, limit: int | None = No
     """Record what is missing; returns how many runs were made.  Waves: tuning, then the runs, then borrowed ranks.
 
     only: the names of the arms to record, for a suite that is shared out; all if empty.  A run that fails does not stop
-    the others: RuntimeError at the end, with a line for each that failed or could not start.
+    the others: RuntimeError at the end, with a line for each that failed or could not start.  RuntimeError at once where
+    another process records the same suite.
     """
     check_arms(suite, only)
+    with claim(data / "runs" / suite.name):
+        return waves(suite, jobs, data, limit, only)
+
+
+@contextlib.contextmanager
+def claim(folder: Path) -> Iterator[None]:
+    """A context in which this process alone records in a folder, which is made.  RuntimeError names the one that does.
+
+    A process that ends in any way holds it no longer; the name that a killed one left in the lock file counts for nothing.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / LOCK
+    file = open_locked(path)
+    if file is None:
+        who = ""
+        with contextlib.suppress(OSError):              # it has ended since
+            who = " ".join(path.read_text(encoding="utf-8").split())
+        raise RuntimeError(f"{folder} is being recorded by {who or 'another process'}; wait for its end, or stop it: what it "
+                           "has recorded stays. For several runs at a time give one sweep --jobs.")
+    try:
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink()                               # before it is released: whoever finds it can believe it
+        file.close()
+
+
+def waves(suite: Suite, jobs: int, data: Path, limit: int | None, only: Sequence[str]) -> int:
+    """`sweep` in a folder that nobody else records in."""
     clean(data / "runs" / suite.name)
     todo, failed, tried = plan(suite, data, only), {}, 0
     total = len(todo) if limit is None else min(limit, len(todo))
@@ -352,7 +388,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--jobs", type=at_least(1), default=1,
                         help="processes at a time; cores over threads of a run make sense, --dry-run says how many that are")
     parser.add_argument("--limit", type=at_least(0), help="make at most this many runs")
-    parser.add_argument("--only", action="append", default=[], metavar="ARM", help="record this arm alone; may be repeated")
+    parser.add_argument("--only", action="append", default=[], metavar="ARM",
+                        help="record this arm alone; may be repeated. One sweep at a time records a suite, whatever the arms: "
+                        "a second one in the same checkout is refused, and --jobs makes several runs at a time")
     parser.add_argument("--dry-run", action="store_true", help="say what would run and for how long")
     parser.add_argument("--verify", action="store_true", help="run a random record again and compare")
     parser.add_argument("--pick", type=int, help="with --verify: seed of the random choice")

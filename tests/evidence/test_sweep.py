@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -421,3 +422,69 @@ def test_ctrl_c_is_one_line(make, monkeypatch, capsys):
     assert sweep.main(["toy"]) == 130
     assert capsys.readouterr().err.splitlines()[-1] == "sweep: interrupted; what is recorded stays, the same command goes on."
     assert list((root / "runs" / "toy").iterdir()) == []
+
+
+# ------------------------------------------------------------------------------------------------ two sweeps
+
+def forked(do) -> int:
+    """A second process that does it; its number.  Exit status 1 if that fails."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            status = int(do() is False)
+        finally:
+            os._exit(status)
+    return child
+
+
+def test_two_sweeps_of_one_suite_exclude_each_other_and_a_kill_frees_it(make, monkeypatch, tmp_path, capsys):
+    """The second says in one line which process records, also with --only of another arm; after a SIGKILL it goes on."""
+    suite, root = make(DENSE + ARMS)
+    monkeypatch.setattr(sweep, "DATA", root)
+    real, begun = sweep.train, tmp_path / "begun"
+
+    def waits(*args, **kwargs):
+        begun.touch()
+        time.sleep(600)
+    monkeypatch.setattr(sweep, "train", waits)
+    child = forked(lambda: sweep.sweep(suite, data=root, only=["dense"]))
+    try:
+        deadline = time.monotonic() + 60
+        while not begun.exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        for flags in ([], ["--only", "alr"], ["--jobs", "2"]):
+            assert sweep.main(["toy", *flags]) == 1
+            said = capsys.readouterr().err.splitlines()[-1]
+            assert f"runs/toy is being recorded by process {child} on " in said and "wait for its end, or stop it" in said
+        assert "6 runs to make" in sweep.dry_run(suite, root)       # who only asks is not in the way
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    folder = root / "runs" / "toy"
+    assert sorted(p.name[:9] for p in folder.iterdir()) == [".running-", ".sweep.lo"]
+    monkeypatch.setattr(sweep, "train", real)
+    assert sweep.sweep(suite, data=root) == 6 and all(p.suffix == ".jsonl" for p in folder.iterdir())
+
+
+def test_sweeps_that_start_at_once_make_every_run_once(make, tmp_path):
+    suite, root = make(DENSE)
+    made = tmp_path / "made"
+
+    def record():
+        try:
+            count = sweep.sweep(suite, data=root)
+        except RuntimeError as error:
+            assert "is being recorded by" in str(error)
+            count = 0
+        with open(made, "a") as file:
+            file.write(f"{count}\n")
+    children = [forked(record) for _ in range(3)]
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]
+    assert sum(map(int, made.read_text().split())) == 2 and sorted(map(int, made.read_text().split())) == [0, 0, 2]
+    assert sorted(os.listdir(root / "runs" / "toy")) == ["dense.seed0.jsonl", "dense.seed1.jsonl"]
+
+
+def test_a_sweep_that_makes_nothing_leaves_nothing(make):
+    suite, root = make(DENSE)
+    assert sweep.sweep(suite, data=root, limit=0) == 0 and list((root / "runs").rglob("*.*")) == []
