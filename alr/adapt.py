@@ -20,7 +20,22 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from .axes import Control, Count, Estimate, Factors, GradientRule, Init, Op, Part, ResizeRule, Signal, StatePolicy, Whole, check
+from .axes import (
+    Control,
+    Count,
+    Estimate,
+    Factors,
+    GradientRule,
+    Init,
+    Momentum,
+    Op,
+    Part,
+    ResizeRule,
+    Signal,
+    StatePolicy,
+    Whole,
+    check,
+)
 from .control import Hold
 from .factor import break_even, check_rank, mix_change, relative_change, uncast
 from .group import Group
@@ -216,6 +231,7 @@ class RankAdapter:
         if self.layers:
             recipe.state.check(self.optimizers)
             self.check_held()
+            self._check_momentum()
             if warning := recipe.control.warning(list(self.ranks.values()), self.shapes):
                 warnings.warn(f"RankAdapter: {warning}", stacklevel=2)
         self.memory = recipe.control.init(list(self.ranks.values()))
@@ -308,6 +324,22 @@ class RankAdapter:
                              + (f" and of {len(loose) - 1} more layers" if loose[1:] else "") +
                              ", so they would never be trained. Make the optimizer after factorize_ and load_state_dict, of "
                              "this model's own parameters.")
+
+    def _check_momentum(self) -> None:
+        """TypeError, where the resize reads tangent momentum, for a layer whose optimizer keeps none."""
+        if not self.recipe.resize.momentum:
+            return
+        for name, layer in self.layers.items():
+            optimizer = (place_of(self.optimizers, layer.U) or [None])[0]
+            if name not in self.frozen and not keeps_tangent(optimizer):
+                rule = f" with rule={optimizer.rule!r}" if hasattr(optimizer, "rule") else ""
+                raise TypeError(f"RankAdapter: {self.recipe.resize!r} reads the momentum of W as a tangent vector, and "
+                                f"{name!r} is stepped by {type(optimizer).__name__}{rule}, which keeps none. Write "
+                                "alr.PairOptimizer(model), whose rule is Tangent(), or a recipe with resize=FisherCut().")
+
+    def _momentum(self, layer: LowRankLinear) -> Momentum | None:
+        found = place_of(self.optimizers, layer.U)
+        return found[0].tangent(found[1], layer.U, layer.V) if found and keeps_tangent(found[0]) else None
 
     # ---------------------------------------------------------------- the clock
 
@@ -559,6 +591,8 @@ class RankAdapter:
     def _factors(self, name: str, k: int, seen: Seen | None) -> Factors:
         layer = self.layers[name]
         U, V = layer.U.detach(), layer.V.detach()                               # (m, r), (r, n)
+        if self.recipe.resize.momentum:
+            seen = (seen or Seen(0, 0.0))._replace(momentum=self._momentum(layer))
         try:
             new = Factors(*self.recipe.resize.for_layer(name)(U, V, k, seen))
         except (FloatingPointError, torch.linalg.LinAlgError) as error:
@@ -674,6 +708,11 @@ class RankAdapter:
     def __setstate__(self, state: dict) -> None:            # a copy listens to its own optimizers
         self.__dict__.update(state)
         self._listen()
+
+
+def keeps_tangent(optimizer: Optimizer | None) -> bool:
+    """Does the optimizer keep a tangent momentum of its pairs (`PairOptimizer.tangent`)?"""
+    return getattr(getattr(optimizer, "rule", None), "keeps_tangent", False)
 
 
 def at_rest(estimate: Estimate, layer: LowRankLinear) -> float | tuple[float, ...]:

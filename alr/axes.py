@@ -257,8 +257,23 @@ class Factors(NamedTuple):
     mix: tuple[Tensor, Tensor] | None = None
 
 
+class Momentum(NamedTuple):
+    """An optimizer's momentum of W as a tangent vector, M = X F_V + F_U Y, as `tangent.Tangent` keeps it.
+
+    F_U and F_V, the frames, span the columns and rows of W as it was when the momentum was last seen.
+    """
+
+    X: Tensor                           # (m, r)
+    F_U: Tensor                         # (m, r)
+    Y: Tensor                           # (r, n)
+    F_V: Tensor                         # (r, n)
+    lr: float                           # the spectral norm of the next step of W
+
+
 class ResizeRule(Observing):
     """How does a layer change to another rank?"""
+
+    momentum: ClassVar[bool] = False    # does it read the optimizer's tangent momentum, as `Seen.momentum`?
 
     def __call__(self, U: Tensor, V: Tensor, k: int, seen: Seen | None = None) -> Factors | tuple[Tensor, Tensor]:
         """U (m, r), V (r, n) -> U' (m, k), V' (k, n).  Changes nothing in place."""

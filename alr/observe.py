@@ -33,6 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .axes import Momentum
 from .factor import gram, working
 from .fisher import metric_of
 from .group import Group
@@ -54,6 +55,7 @@ class Seen(NamedTuple):
     B: Tensor | None = None                 # (r, r)
     weight_gradient: Tensor | None = None   # sum of G over the window, (m, n), on the layer's device
     grams: tuple[Tensor, Tensor] | None = None      # U^T U and V V^T as they are now, (r, r) each
+    momentum: Momentum | None = None        # the optimizer's, of W, where a resize asks for it
 
 
 # ------------------------------------------------------------------------------------------------ booking, in the graph

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
+from .axes import Momentum
 from .factor import working
 from .linear import low_rank_layers, refuse_wrapped, unwrapped
-from .rules import SCALES, Pair, Rule, Settings, exact
+from .rules import SCALES, Pair, Rule, Settings, exact, shape_scale
 from .state import Swap
 from .tangent import Tangent
 
@@ -126,6 +127,14 @@ class PairOptimizer(Optimizer):
         if group["kind"] != "pairs":
             return None
         return self.rule.carry(swap, s_U, s_V) if s_U and s_V else ({}, {})
+
+    def tangent(self, group: dict, U: nn.Parameter, V: nn.Parameter) -> Momentum | None:
+        """The momentum of a pair's W as a tangent vector; None where the rule keeps none, or it has been reset."""
+        s_U, s_V = self.state.get(U), self.state.get(V)
+        if group["kind"] != "pairs" or not self.rule.keeps_tangent or not s_U or not s_V:
+            return None
+        scale = shape_scale(group["adjust_lr_fn"], U.shape[0], V.shape[1])
+        return Momentum(*self.rule.tangent(s_U, s_V), float(group["lr"]) * scale)
 
     def fresh_state(self, group: dict, p: nn.Parameter) -> dict:
         """What a new factor begins with when its state is reset: made with the next step."""

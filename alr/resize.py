@@ -37,6 +37,10 @@ class TwoWays(ResizeRule):
     def steps(self) -> int:
         return max(self.shrink.steps, self.grow.steps)
 
+    @property
+    def momentum(self) -> bool:
+        return self.shrink.momentum or self.grow.momentum
+
     def __call__(self, U, V, k, seen=None):
         return (self.grow if k > U.shape[1] else self.shrink)(U, V, k, seen)
 

@@ -16,7 +16,7 @@ import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -57,6 +57,8 @@ class Settings(NamedTuple):
 class Rule(Axis):
     """A rule that moves U and V by their gradients."""
 
+    keeps_tangent: ClassVar[bool] = False       # does it remember a tangent vector of W, which `tangent` gives?
+
     def state(self, U: Tensor, V: Tensor) -> tuple[dict, dict]:
         """What is remembered of U and of V at the start."""
         raise NotImplementedError
@@ -67,6 +69,10 @@ class Rule(Axis):
 
     def step(self, pairs: Sequence[Pair], settings: Settings) -> None:
         """One step of all pairs, in place."""
+        raise NotImplementedError
+
+    def tangent(self, s_U: dict, s_V: dict) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The momentum of W as a tangent vector: X, F_U, Y, F_V of `axes.Momentum`."""
         raise NotImplementedError
 
     def carry(self, swap: Swap, s_U: dict, s_V: dict) -> tuple[dict, dict]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .axes import Count
-from .factor import check_rank, grow, working
+from .factor import working
 from .rules import (
     COEFFICIENTS,
     Pair,
@@ -145,6 +145,7 @@ class Tangent(Rule):
     """
 
     cut: Literal["qr", "svd"] = "qr"
+    keeps_tangent = True
 
     def state(self, U, V):
         return tuple({"momentum_buffer": torch.zeros_like(p, memory_format=torch.preserve_format),
@@ -203,6 +204,9 @@ class Tangent(Rule):
         C = Q_U.mT @ X                                              # (b, R, R)
         Z, X, Y = tangent_sign(C, X - Q_U @ C, Y, settings.ns_steps)
         return U, V, Sign(Q_U, X, Z, Q_V, Y, A_U, A_V), momentum
+
+    def tangent(self, s_U, s_V):
+        return (*parts(s_U), *parts(s_V))
 
     @torch.no_grad()
     def carry(self, swap, s_U, s_V):
@@ -263,38 +267,6 @@ def cut_svd(U: Tensor, V: Tensor, sign: Sign, lr: float, keep: float) -> tuple[T
     core = keep * (P.mT @ U) @ (V @ Q) - lr * left @ sign.Z @ right         # (b, min(m, 2r), min(n, 2r))
     A, S, Bt = torch.linalg.svd(core, full_matrices=False)
     return P @ A[..., :r], S[:, :r, None] * (Bt[:, :r] @ Q.mT)
-
-
-# ------------------------------------------------------------------------------------------------ rank
-
-@torch.no_grad()
-def augmented(U: Tensor, V: Tensor, s_U: dict, s_V: dict, k: int) -> tuple[Tensor, Tensor]:
-    """Factors of rank k, r <= k <= 2r, that leave W as it is and grow along `Tangent`'s momentum.
-
-    (m, r), (r, n) and the state of one pair -> (m, k), (k, n).  The new columns of U are zero.  The new rows of V are the
-    leading right singular vectors of U U^+ M (I - V^+ V), the rows that W does not have and to which its columns were
-    pulled hardest; with them, the next gradient of the new columns is that of W along these rows, all of it.  Where the
-    momentum has fewer directions, rows are drawn as `factor.grow` draws them.  Length of the rows: the mean of V's.
-    ValueError unless r <= k <= min(m, n, 2r).
-    """
-    m, r, n = U.shape[0], U.shape[1], V.shape[1]
-    check_rank(k, m, n, "augmented")
-    if not r <= k <= 2 * r:
-        raise ValueError(f"augmented: rank {k} asked of factors of rank {r}; their momentum has {r} to {2 * r} directions.")
-    U2, V2 = grow(U, V, k)                                          # (m, k), (k, n)
-    if k == r or not s_U:
-        return U2, V2
-    X, F_U, Y, F_V = (x.detach().double() for x in (*parts(s_U), *parts(s_V)))
-    Q_U, Q_V = orthonormal(U.detach().double()), orthonormal(V.detach().double().mT)    # (m, r), (n, r)
-    rows = seen_from(*(x[None] for x in (X, F_U, Y, F_V, Q_U, Q_V)))[1][0]              # (r, n)
-    _, S, Z = torch.linalg.svd(rows, full_matrices=False)           # (r,), (r, n)
-    floor = 1e-6 * (X @ F_V).norm() + 1e-6 * (F_U @ Y).norm()
-    Z = Z[:k - r][S[:k - r] > floor]                                # (<= k - r, n)
-    if len(Z):
-        rest = V2[r:].double() - (V2[r:].double() @ Z.mT) @ Z       # (k - r, n): the drawn rows, clear of those
-        rest = torch.linalg.qr(rest.mT).Q.mT[:k - r - len(Z)]
-        V2[r:] = (torch.cat([Z, rest]) * V.detach().norm(dim=1).mean()).to(V2)
-    return U2, V2
 
 
 # ------------------------------------------------------------------------------------------------ its relative

@@ -30,6 +30,7 @@ from alr.resize import GrowAlongGradient
 from alr.rules import Spectron
 from alr.state import Reset
 from alr.tangent import Tangent
+from alr.truncation import TangentCut
 
 STEPS, ROWS, D = 26, 32, 24
 ALR = replace(alr.recipes.alr, every=6, control=Budget(share=0.4, end=0.8, min_rank=2, per_parameter=True))
@@ -43,13 +44,14 @@ RECIPES = {
     "v10": replace(alr.recipes.v10, every=4, control=Bidirectional(min_rank=2, ema=0.0, threshold=1.0)),
     "alr, tangent": ALR,
     "growing, tangent": UP,
+    "momentum, tangent": replace(ALR, control=Schedule(((6, 5), (12, 9), (18, 4))), resize=TangentCut(ahead=20.0)),
     "growing": UP,
     "growing, reset": replace(UP, state=Reset(everything=False)),
     "growing along the gradient": replace(UP, resize=GrowAlongGradient(steps=3)),
     "shrinking": replace(UP, control=Schedule(((0, 8), (10, 5), (20, 3)))),
     "routed": ALR,
 }
-OPTIMIZERS = {**dict.fromkeys(("alr, tangent", "growing, tangent"),
+OPTIMIZERS = {**dict.fromkeys(("alr, tangent", "growing, tangent", "momentum, tangent"),
                               lambda model: alr.PairOptimizer(model, lr=0.02, rule=Tangent())),
               "alr with SGD": lambda model: torch.optim.SGD(model.parameters(), 0.1, momentum=0.9),
               **dict.fromkeys(("alr with AdamW", "repaired", "growing, reset"),

@@ -15,7 +15,7 @@ from alr.factor import grow, product, svd_core
 from alr.optim import PairOptimizer
 from alr.rules import LoRAMuon, Pair, Settings, Spectron, inverse_root, orthogonalize
 from alr.state import Reset, Slice, Swap, Transport
-from alr.tangent import LoRATSD, Tangent, augmented, frame
+from alr.tangent import LoRATSD, Tangent, frame
 
 SETTINGS = Settings(lr=0.05, momentum=0.95, nesterov=True, weight_decay=0.1, decay="factors", ns_steps=5,
                     adjust_lr_fn="original")
@@ -348,34 +348,6 @@ def test_a_frame_spans_what_is_there_and_nothing_else():
             there = size > 1e-3
             torch.testing.assert_close(s[there], torch.ones_like(s[there]), atol=tolerance, rtol=0)
             assert s.max() < 1 + 1e-4 and (s[size < 1e-12] < 0.1).all()     # float32 has 0.03 of its own noise there
-
-
-# ------------------------------------------------------------------------------------------------ growing
-
-@pytest.mark.parametrize("k", [5, 7, 10])
-def test_augmented_factors_keep_w_and_point_along_the_gradient(k):
-    ((U, V),), (target,) = problem([(20, 5, 30)])
-    optimizer = optimizer_of([(U, V)], Tangent(), lr=1e-9, momentum=0.0, weight_decay=0.0)
-    train(optimizer, [(U, V)], [target], 1)
-    U, V = U.detach(), V.detach()
-    U2, V2 = augmented(U, V, *(optimizer.state[p] for p in optimizer.param_groups[0]["params"]), k)
-    torch.testing.assert_close(U2 @ V2, U @ V)
-    torch.testing.assert_close(V2[:5], V)
-    torch.testing.assert_close(V2[5:] @ V.mT, torch.zeros(k - 5, 5, dtype=V.dtype), atol=1e-9, rtol=0)
-    P_V = torch.linalg.pinv(V) @ V
-    pull = torch.linalg.qr(U).Q.mT @ (U @ V - target) @ (torch.eye(30) - P_V)       # (5, n): U's gradient outside of V's rows
-    rows = torch.nn.functional.normalize(V2[5:], dim=1)
-    torch.testing.assert_close((pull @ rows.mT).norm(dim=0), torch.linalg.svdvals(pull)[:k - 5], atol=1e-6, rtol=1e-6)
-
-
-def test_augmented_draws_where_the_momentum_has_nothing_and_refuses_what_it_cannot():
-    ((U, V),), _ = problem([(20, 5, 30)])
-    U, V = U.detach(), V.detach()
-    U2, V2 = augmented(U, V, *Tangent().state(U, V), 8)
-    torch.testing.assert_close(U2 @ V2, U @ V)
-    assert torch.linalg.svdvals(V2)[7] > 0.1
-    with pytest.raises(ValueError, match="5 to 10"):
-        augmented(U, V, *Tangent().state(U, V), 11)
 
 
 # ------------------------------------------------------------------------------------------------ its relatives
