@@ -1,6 +1,7 @@
 """Build the book from the notebooks that `notebooks.py run` has run: python book/build.py html | pdf [--profile cpu].
 
---stored takes the notebooks as they are committed, with the outputs that `refresh` has stored: a minute instead of ten.
+--stored takes the notebooks as they are committed, with the outputs that `refresh` has stored, and says how many of them
+come from other code, data or pins than today's.
 
 Everything a page needs is copied to _build/src first (staged), flat, as Jupyter Book likes it: the pages of book/, the
 run notebooks in notebooks/, data/. The table of contents, and links, lose what is not there yet. Warnings are errors.
@@ -23,6 +24,7 @@ import yaml
 import touch
 from lean import lean
 from offline import complete
+from stale import Checkout, changed
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "_build"
@@ -225,6 +227,12 @@ def main() -> None:
     parser.add_argument("--stored", action="store_true", help="build from notebooks/ as committed, without running them")
     args = parser.parse_args()
     run = ROOT / "notebooks" if args.stored else BUILD / "run" / (args.profile or "committed")
+    if args.stored:
+        checkout, notebooks = Checkout(ROOT), list(run.glob("*.ipynb"))
+        stale = [notebook for notebook in notebooks if changed(notebook, checkout.inputs(notebook))]
+        if stale:
+            print(f"{len(stale)} of {len(notebooks)} chapters have stored outputs of other code, data or pins than today's; "
+                  "make stale names them", flush=True)
     {"html": html, "pdf": pdf}[args.builder](run)
 
 
