@@ -163,7 +163,7 @@ def effective_number(target: float | Sequence[float]) -> float:
         return float(target)
     top = max(target, default=0.0)
     if not top > 0:
-        return 1.0
+        return 1.0 if len(target) else 0.0          # of a layer that is off
     shares = [w / top for w in target]              # whatever scale the loss has
     return sum(shares) ** 2 / sum(w * w for w in shares)
 
@@ -372,7 +372,7 @@ class RankAdapter:
 
     def _gradient(self) -> tuple | None:
         """A token of the gradient now in the first trained factor: another backward gives another token."""
-        grad = next((layer.U.grad for layer in self.layers.values() if layer.U.requires_grad), None)
+        grad = next((layer.U.grad for layer in self.layers.values() if layer.U.requires_grad and layer.rank), None)
         return None if grad is None else (id(grad), grad._version)
 
     def _warn(self, key: str, text: str) -> None:
@@ -417,7 +417,7 @@ class RankAdapter:
         return dropped and not self._finished(self.steps)
 
     def _out_of_order(self) -> None:
-        grad = next(layer.U.grad for layer in self.layers.values() if layer.U.requires_grad)
+        grad = next(layer.U.grad for layer in self.layers.values() if layer.U.requires_grad and layer.rank)
         if "order" not in self._warned and grad.any():
             self._warn("order", "a backward pass came between optimizer.step() and adapter.step(). Call adapter.step() right "
                                 "after optimizer.step(), or a changed layer loses the gradient of that step.")
@@ -499,7 +499,7 @@ class RankAdapter:
                              "backward and optimizer.step(), before the gradients are zeroed.")
         unseen = set(self.layers) - set(seen) if r.observes and not self._finished(self.steps) else set()
         held = self.frozen | self._bypassed(seen) | unseen
-        targets = {name: at_rest(r.estimate, layer) if name in held else
+        targets = {name: at_rest(r.estimate, layer) if name in held or layer.rank == 0 else
                    r.estimate.for_layer(name)(layer, seen.get(name)) for name, layer in self.layers.items()}
         signal = signal._replace(held=[name in held for name in self.layers])
         wanted, memory = r.control.step(ranks, list(targets.values()), self.memory, signal)
@@ -508,7 +508,8 @@ class RankAdapter:
 
     def _bypassed(self, seen: dict[str, Seen]) -> set[str]:
         """Layers that may be trained although their forward was never called: somebody reads their weight."""
-        unseen = [name for name, one in seen.items() if one.rows == 0 and one.importance is not None]
+        unseen = [name for name, one in seen.items() if one.rows == 0 and one.importance is not None
+                  and self.layers[name].rank]
         zeroed = self._mark is not None and self._gradient() != self._mark      # then bypassed and unused look alike
         found = {name for name in unseen if zeroed or (grad := self.layers[name].U.grad) is not None and grad.any()}
         for name in found:
@@ -547,11 +548,12 @@ class RankAdapter:
                              f"{len(self.layers)}, the first is {next(iter(self.layers), None)!r}.")
         self.check_held()
         return self._resize({name: check_rank(k, self.layers[name].out_features, self.layers[name].in_features,
-                                              "RankAdapter.resize", name) for name, k in ranks.items()}, {}, {})
+                                              "RankAdapter.resize", name, least=0) for name, k in ranks.items()}, {}, {})
 
     def _resize(self, ranks: dict[str, int], targets: dict[str, float], seen: dict[str, Seen]) -> list[Resize]:
         if not ranks:
             return []
+        self._check_off([name for name, k in ranks.items() if k == 0])
         made, problem = {}, None
         if self.group.rank == 0:
             try:
@@ -580,6 +582,14 @@ class RankAdapter:
                 self.stale.setdefault(name, [tuple(swap.U.shape), tuple(swap.V.shape)])
         plan.apply()
         return events
+
+    def _check_off(self, names: list[str]) -> None:
+        """ValueError for layers that go to rank 0 under an optimizer whose steps divide by the rank."""
+        for name in names:
+            optimizer = (place_of(self.optimizers, self.layers[name].U) or [None])[0]
+            if type(optimizer) is getattr(torch.optim, "Muon", None):
+                raise ValueError(f"RankAdapter: rank 0 asked of {name!r}, which torch.optim.Muon steps; it cannot step empty "
+                                 "factors. Take alr.PairOptimizer(model), or a controller with min_rank=1 or more.")
 
     def _grams(self, names: list[str], seen: dict[str, Seen]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """U^T U and V V^T of these layers, in float64 on the CPU; what is not known yet comes in one copy."""

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .axes import Control, Count, Part, Positive, Share
+from .axes import Control, Count, Part, Positive, Share, Whole
 
 
 def size(ranks: Sequence[int], shapes: Sequence[tuple[int, int]]) -> int:
@@ -60,13 +60,15 @@ class Budget(Control):
     start: at the first decision every narrower layer grows to this rank, its cap permitting, and the cubic starts there:
     then the rank that the model was built with hardly matters.  None: the cubic starts from the ranks as they come.
     Layers that are held (frozen) keep their rank, and what they cost is spent.
+    min_rank: every layer keeps so many directions.  0: a layer may be switched off, its whole cost gone but for the bias; since
+    nothing grows here, it is off for good, unless `RankAdapter.resize` brings it back by hand.
     ValueError unless begin < end.
     """
 
     share: Part = 1 / 6                 # all ours, from the suite `method`
     begin: Share = 0.0
     end: Positive = 0.5                 # above 1: the run ends before the budget does
-    min_rank: Count = 4
+    min_rank: Whole = 4
     multiple: Count = 1
     per_parameter: bool = False         # True starves wide layers: one of their directions costs more
     start: Count | None = None
@@ -133,12 +135,13 @@ class LossTarget(Control):
     """As small as a loss allows: smaller by a factor while the validation loss is at or below `loss`, larger above it.
 
     When a layer grows, its new directions count as its least one now: growth goes where the tail is worth most.
+    min_rank 0: a layer may be switched off; it comes back after all others have grown, since nothing is known of it.
     Moves once per new validation loss; without any it waits.
     """
 
     loss: Positive                      # nats per token
     factor: Part = 0.9                  # of the parameters, per move (ours)
-    min_rank: Count = 4
+    min_rank: Whole = 4
     wants = "spectrum"
 
     def init(self, ranks):
@@ -149,5 +152,5 @@ class LossTarget(Control):
             return list(ranks), len(signal.losses)
         now = size(ranks, signal.shapes)
         room = now * self.factor if signal.losses[-1] <= self.loss else now / self.factor
-        longer = [list(w) + [w[-1]] * (cap - len(w)) for w, cap in zip(targets, signal.caps, strict=True)]
+        longer = [list(w) + [w[-1] if len(w) else 0.0] * (cap - len(w)) for w, cap in zip(targets, signal.caps, strict=True)]
         return share_out(ranks, longer, signal, room, self.min_rank, signal.caps), len(signal.losses)

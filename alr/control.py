@@ -40,10 +40,11 @@ class Schedule(Control):
     """The same ranks at the same steps whatever is estimated, so that two runs differ in something else alone.
 
     path: (step, rank) pairs, steps rising; every layer has the rank of the last step that has come, its cap permitting.
-    A rank is one number for all layers, or {layer: rank}, in which a layer that is left out stays as it is.
+    A rank is one number for all layers, or {layer: rank}, in which a layer that is left out stays as it is.  Rank 0 switches
+    a layer off; a later rank brings it back.
     """
 
-    path: tuple[tuple[Whole, Count | dict[str, Count]], ...]
+    path: tuple[tuple[Whole, Whole | dict[str, Whole]], ...]
     wants = None
 
     def step(self, ranks, targets, memory, signal):

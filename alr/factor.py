@@ -29,22 +29,23 @@ def break_even(m: int, n: int) -> int:
     return max(1, m * n // (m + n))
 
 
-def check_rank(k: int | float, m: int, n: int, who: str = "resize", layer: str = "a matrix") -> int:
+def check_rank(k: int | float, m: int, n: int, who: str = "resize", layer: str = "a matrix", least: int = 1) -> int:
     """k as a whole number, if a matrix of m x n can have that rank.
 
-    A whole number is a rank; any other real number is a share of the dense matrix's numbers, 0.5 half of them.  numpy's
-    numbers count as Python's.  ValueError for a rank or a share out of range, and for what is neither.
+    A whole number is a rank, `least` or more (0: a layer that is off, for who can make one).  Any other real number is a
+    share of the dense matrix's numbers, 0.5 half of them.  numpy's numbers count as Python's.
+    ValueError for a rank or a share out of range, and for what is neither.
     """
     if isinstance(k, bool) or not isinstance(k, numbers.Real) or not math.isfinite(k):
-        raise ValueError(f"{who}: rank {k!r} asked of {layer} ({m} x {n}); it takes a whole number, 1 to {min(m, n)}, or a "
-                         "share of the dense layer's numbers between 0 and 1, such as 0.5.")
+        raise ValueError(f"{who}: rank {k!r} asked of {layer} ({m} x {n}); it takes a whole number, {least} to {min(m, n)}, or "
+                         "a share of the dense layer's numbers between 0 and 1, such as 0.5.")
     if not isinstance(k, numbers.Integral):
         if not 0 < k <= 1:
             raise ValueError(f"{who}: share {k:g} asked of {layer} ({m} x {n}); it takes 0 to 1, or a rank as a whole "
                              f"number, 1 to {min(m, n)}.")
         return min(max(1, int(k * m * n / (m + n))), m, n)
-    if not 1 <= k <= min(m, n):
-        raise ValueError(f"{who}: rank {k} asked of {layer} ({m} x {n}); it takes 1 to {min(m, n)}.")
+    if not least <= k <= min(m, n):
+        raise ValueError(f"{who}: rank {k} asked of {layer} ({m} x {n}); it takes {least} to {min(m, n)}.")
     return int(k)
 
 
@@ -185,11 +186,14 @@ def core_cut(U: Tensor, V: Tensor, k: int) -> Factors:
     (m, r), (r, n) -> U' (m, k), V' (k, n), S split evenly: U' = U A S^(-1/2) and V' = S^(-1/2) B V with A and B of `core`.
     O((m + n) r^2).  Orthonormal bases are never formed either.
     Directions that W does not have (s below r eps of the largest, eps of the precision worked in) start as `grow` would
-    start them.  ValueError unless 1 <= k <= r.
+    start them.  Rank 0 is W' = 0.  ValueError unless 0 <= k <= r.
     """
     r = U.shape[1]
-    if not 1 <= k <= r:
-        raise ValueError(f"svd_core: rank {k} asked of factors of rank {r}; it takes 1 to {r} (grow adds directions).")
+    if not 0 <= k <= r:
+        raise ValueError(f"svd_core: rank {k} asked of factors of rank {r}; it takes 0 to {r} (grow adds directions).")
+    if k == 0:
+        none = torch.zeros(r, 0, dtype=torch.float64)               # (r, 0)
+        return mixed(U, V, none, none.mT)
     S, A, B = core(U, V)                                            # (r,), (r, r), (r, r)
     live = int((S > S[0] * r * torch.finfo(working(U.dtype)).eps).sum())    # directions that are more than rounding
     q = min(k, live)
@@ -215,7 +219,7 @@ def grow(U: Tensor, V: Tensor, k: int, like: Tensor | None = None) -> tuple[Tens
     m, r, n = U.shape[0], U.shape[1], V.shape[1]
     if k < r:
         raise ValueError(f"grow: rank {k} asked of factors of rank {r}; growing never shrinks (svd_core does).")
-    check_rank(k, m, n, "grow")
+    check_rank(k, m, n, "grow", least=0)
     if k == r:
         return U.detach().clone(), V.detach().clone()
     rows = _wide(V).cpu()                                           # (r, n)

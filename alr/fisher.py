@@ -59,6 +59,8 @@ def metric_of(Gu: Tensor, Gv: Tensor, input_moment: Tensor, grad_moment: Tensor,
     """
     if not (input_moment.isfinite().all() and grad_moment.isfinite().all()):
         raise FloatingPointError("a second moment is not finite.")
+    if len(Gu) == 0:                                                # a layer that is off
+        return Gu.new_zeros(0), Gu, Gv
     LH, LK = _root(input_moment, Gv, damping), _root(grad_moment, Gu, damping)      # (r, r), (r, r)
     if LH is None or LK is None:
         S, A, B = core_of(Gu, Gv)                                   # (r,), (r, r), (r, r)
@@ -91,6 +93,8 @@ def cut_along(U: Tensor, V: Tensor, k: int, A: Tensor, B: Tensor, grams: tuple[T
     Worked out in r x r matrices, in float64: the new factors are U A_k C and D B_k V, with C, D those of the core.
     grams: U^T U and V V^T, where they are known already.
     """
+    if k == 0:
+        return core_cut(U, V, 0)
     Gu, Gv = grams or (gram(U), gram(V.mT))                         # (r, r), (r, r)
     A, B = A[:, :k].to(Gu), B[:k].to(Gu)                            # (r, k), (k, r)
     S, C, D = core_of(A.mT @ Gu @ A, B @ Gv @ B.mT)                 # (k,), (k, k), (k, k)

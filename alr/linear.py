@@ -34,7 +34,7 @@ class LowRankLinear(nn.Module):
     U (out_features, rank), V (rank, in_features), bias (out_features,) or None.  The rank is read from the tensors and
     kept nowhere else; loading a state dict of another rank resizes the layer.  Starts as torch's nn.Linear would,
     truncated to the rank (`init.Fresh`).  ValueError unless 1 <= rank <= min(in_features, out_features); a float is a
-    share of the dense layer's numbers.
+    share of the dense layer's numbers.  A decision (`RankAdapter`) may bring a layer to rank 0, where it is its bias alone.
 
         >>> layer = LowRankLinear(48, 32, rank=4)
         >>> layer(torch.zeros(5, 48)).shape, layer.rank
@@ -115,7 +115,8 @@ class LowRankLinear(nn.Module):
         U, V = state_dict.get(prefix + "U"), state_dict.get(prefix + "V")
         fits = U is not None and V is not None and U.dim() == V.dim() == 2 and U.shape[1] == V.shape[0]
         if fits and U.shape[0] == self.out_features and V.shape[1] == self.in_features and U.shape[1] != self.rank:
-            check_rank(U.shape[1], self.out_features, self.in_features, "load_state_dict", prefix.rstrip(".") or "the layer")
+            check_rank(U.shape[1], self.out_features, self.in_features, "load_state_dict", prefix.rstrip(".") or "the layer",
+                       least=0)
             self.take_rank(U.shape[1])
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -339,14 +340,14 @@ def factorize_like_(model: nn.Module, state: Mapping[str, Any]) -> nn.Module:
         if here != (m, n) or r != r2:
             raise ValueError(f"factorize_like_: {name!r} is saved as ({m} x {r}) ({r2} x {n}); the model has "
                              f"{'no linear layer of that name' if here is None else f'{here[0]} x {here[1]} there'}.")
-        check_rank(r, m, n, "factorize_like_", name)
+        check_rank(r, m, n, "factorize_like_", name, least=0)
     for name in names:
         r = shapes[f"{name}.U"][1]
-        if name in low:
-            if low[name].rank != r:
-                low[name].take_rank(r)
-        else:
-            swap_module(inner, name, LowRankLinear.from_linear(dense[name], r, Fresh()))
+        if name not in low:
+            low[name] = LowRankLinear.from_linear(dense[name], max(r, 1), Fresh())
+            swap_module(inner, name, low[name])
+        if low[name].rank != r:
+            low[name].take_rank(r)
     return model
 
 

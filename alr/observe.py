@@ -167,11 +167,12 @@ class Watched:
         book = self.book
         h = F.linear(x, V)                                              # (..., r)
         seen = h.requires_grad and not _elsewhere()
-        if seen and book.H is not None and book.H.shape[1] != h.shape[-1]:     # of another rank: loaded since
-            seen = False
-        if seen and book.measuring:
+        inside = seen and h.shape[-1] > 0                               # a layer of rank 0 has no inside
+        if inside and book.H is not None and book.H.shape[1] != h.shape[-1]:     # of another rank: loaded since
+            seen = inside = False
+        if inside and book.measuring:
             h = _Look.apply(h, torch.ops.alr.book_importance, book.A, book.B, book.felt, book.count)
-        elif seen and book.H is not None:
+        elif inside and book.H is not None:
             h = _Look.apply(h, torch.ops.alr.book_moments, book.H, book.K, book.count)
         y = F.linear(h, U, bias)                                        # (..., m)
         return _LookOut.apply(y, x, book.G, book.passed) if seen and book.G is not None else y

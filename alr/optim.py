@@ -163,7 +163,7 @@ class PairOptimizer(Optimizer):
                 self.state.pop(p, None)
                 flat[i] = p = new
         for U, V in zip(flat[::2], flat[1::2]):
-            if U.grad is None and V.grad is None:
+            if U.grad is None and V.grad is None or U.shape[1] == 0:        # of rank 0: nothing to move
                 continue
             if U.grad is None or V.grad is None:
                 raise ValueError(f"PairOptimizer: of the pair {tuple(U.shape)}, {tuple(V.shape)} only "

@@ -62,7 +62,7 @@ def grow_along(U: Tensor, V: Tensor, k: int, G: Tensor) -> tuple[Tensor, Tensor]
     if k == r or not R.norm() > 1e-12 * G.norm():
         return U2, V2
     Z = torch.linalg.svd(R, full_matrices=False).Vh[:k - r]         # (<= k - r, n)
-    length = V.detach().norm(dim=1).mean()
+    length = V2[r:].norm(dim=1).mean()                              # that of the drawn rows, which `grow` chose
     V2[r:r + len(Z)] = (Z / Z.norm(dim=1, keepdim=True)).to(V2) * length
     return U2, V2
 

@@ -247,7 +247,8 @@ def carry(state: dict, old: Tensor, T: Tensor, side: str, betas: tuple[float, fl
     step = float(state.get("step", 1))
     fix1, fix2 = (1 - betas[0] ** step, 1 - betas[1] ** step) if betas and step > 0 else (1.0, 1.0)
     size = T.square().sum(0)                                        # (k,)
-    fresh = size <= 1e-12 * size.max().clamp_min(1e-30)             # (k,): directions that the old basis did not have
+    largest = size.max().clamp_min(1e-30) if len(size) else 1.0
+    fresh = size <= 1e-12 * largest                                 # (k,): directions that the old basis did not have
     out, kept_side = {}, old.shape[0 if side == "right" else 1]
     for key, M in state.items():
         if not isinstance(M, Tensor) or M.dim() == 0 or M.shape == (kept_side,):

@@ -115,6 +115,6 @@ class TangentCut(ResizeRule):
             return cut_along(U, V, k, seen.A, seen.B, seen.grams)
         least = promise(U, V, seen.A, seen.B, seen.importance, self.ahead * momentum.lr)
         _, columns, rows = outward(U, V, momentum)                  # (m, q), (q, n)
-        fresh = min(int((seen.importance[:k] < least).sum()), len(rows), k - 1)
+        fresh = min(int((seen.importance[:k] < least).sum()), len(rows), max(k - 1, 0))
         cut = cut_along(U, V, k - fresh, seen.A, seen.B, seen.grams)
         return cut if not fresh else Factors(*augmented(cut.U, cut.V, k, columns, rows))

@@ -134,9 +134,9 @@ def test_break_even_is_where_the_counts_cross():
 
 
 @pytest.mark.parametrize("call, words", [
-    (lambda U, V: svd_core(U, V, 0), "rank 0"), (lambda U, V: svd_core(U, V, 13), "grow"),
+    (lambda U, V: svd_core(U, V, -1), "rank -1"), (lambda U, V: svd_core(U, V, 13), "grow"),
     (lambda U, V: svd_full(U, V, -3), "rank -3"), (lambda U, V: svd_full(U, V, 31), "1 to 30"),
-    (lambda U, V: grow(U, V, 31), "1 to 30"), (lambda U, V: grow(U, V, 5), "never shrinks"),
+    (lambda U, V: grow(U, V, 31), "0 to 30"), (lambda U, V: grow(U, V, 5), "never shrinks"),
     (lambda U, V: svd_full(U, V, 5, split="right"), "'sqrt' or 'left'")])
 def test_impossible_ranks_are_refused(call, words):
     with pytest.raises(ValueError, match=words):

@@ -229,9 +229,9 @@ def test_an_optimizer_stepped_in_the_backward_goes_on_after_a_resize():
 # ------------------------------------------------------------------------------------------------ all or nothing
 
 @pytest.mark.parametrize("ranks, match", [
-    ({"0": 3, "2": 99}, "RankAdapter.resize: rank 99 asked of 2 .48 x 48.; it takes 1 to 48"),
+    ({"0": 3, "2": 99}, "RankAdapter.resize: rank 99 asked of 2 .48 x 48.; it takes 0 to 48"),
     ({"0": 3, "nope": 3}, "'nope' is no layer of this adapter; there are 3, the first is '0'"),
-    ({"0": 3, "2": 0}, "it takes 1 to 48"), ({"0": 3, "2": -1}, "it takes 1 to 48"),
+    ({"0": 3, "2": -1}, "it takes 0 to 48"),
     ({"0": 3, "2": "8"}, "rank '8' asked of 2"),
     ({"0": 3, "2": None}, "rank None asked of 2"), ({"0": 3, "2": True}, "rank True asked of 2"),
     ({"0": 3, "2": 2.5}, "share 2.5 asked of 2"), ({"0": 3, "2": NAN}, "rank nan asked of 2"),
@@ -666,7 +666,7 @@ def test_a_recipe_checks_itself(changes):
         replace(alr.recipes.alr, **changes)
 
 
-@pytest.mark.parametrize("changes", [dict(begin=0.5, end=0.5), dict(end=0.0), dict(multiple=0), dict(min_rank=0), dict(share=0),
+@pytest.mark.parametrize("changes", [dict(begin=0.5, end=0.5), dict(end=0.0), dict(multiple=0), dict(min_rank=-1), dict(share=0),
                                      dict(share=2), dict(share="a"), dict(share=True), dict(start=0), dict(begin=NAN)],
                                      ids=repr)
 def test_a_budget_that_can_never_act_is_refused_when_it_is_made(changes):
@@ -989,10 +989,10 @@ def test_a_layer_is_called_as_linear_is():
         optimizer.zero_grad()
 
 
-@pytest.mark.parametrize("r", [0, 9])
+@pytest.mark.parametrize("r", [9, 12])
 def test_a_state_dict_of_a_rank_that_no_layer_has_is_refused(r):
     layer = alr.LowRankLinear(8, 8, 2)
-    with refused(ValueError, f"load_state_dict: rank {r} asked of the layer .8 x 8.; it takes 1 to 8", layer):
+    with refused(ValueError, f"load_state_dict: rank {r} asked of the layer .8 x 8.; it takes 0 to 8", layer):
         layer.load_state_dict({"U": torch.zeros(8, r), "V": torch.zeros(r, 8), "bias": torch.zeros(8)})
 
 

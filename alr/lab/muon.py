@@ -29,7 +29,7 @@ class Muon(torch.optim.Muon):
         for group in self.param_groups:
             shapes: dict[tuple, list] = {}
             for p in group["params"]:
-                if p.grad is not None:
+                if p.grad is not None and p.numel():                # a layer of rank 0 has nothing to move
                     shapes.setdefault((*p.shape, p.dtype, p.device), []).append(p)
             for (m, n, _, device), ps in shapes.items():
                 grads, averages = [p.grad for p in ps], [self.average(p) for p in ps]
