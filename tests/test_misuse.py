@@ -666,9 +666,9 @@ def test_a_recipe_checks_itself(changes):
         replace(alr.recipes.alr, **changes)
 
 
-@pytest.mark.parametrize("changes", [dict(begin=0.5, end=0.5), dict(end=0.0), dict(multiple=0), dict(min_rank=-1), dict(share=0),
-                                     dict(share=2), dict(share="a"), dict(share=True), dict(start=0), dict(begin=NAN)],
-                                     ids=repr)
+@pytest.mark.parametrize("changes", [dict(begin=0.5, end=0.5), dict(end=0.0), dict(multiple=0), dict(min_rank=-1),
+                                     dict(share=0), dict(share=2), dict(share="a"), dict(share=True), dict(start=0),
+                                     dict(begin=NAN)], ids=repr)
 def test_a_budget_that_can_never_act_is_refused_when_it_is_made(changes):
     with pytest.raises(ValueError, match=f"Budget: {next(iter(changes))}"):
         Budget(**changes)
