@@ -205,6 +205,8 @@ def at(revision: str, path: str | Path = CLAIMS_JSON) -> dict[str, dict]:
     Until 2026-11-26 a missed bar had one word, whether or not its gain was sure.
     """
     path = Path(path)
+    if revision.startswith("-"):                        # git would read an option
+        raise ClaimError(f"{revision!r} is no tag or commit.")
     shown = subprocess.run(["git", "show", f"{revision}:./{path.name}"], cwd=path.parent, capture_output=True)
     if shown.returncode:
         raise ClaimError(f"no {path.name} at {revision!r}: git says {shown.stderr.decode().strip()!r}. Wanted a tag or "

@@ -114,12 +114,12 @@ def thin(lines: Iterable[str], every: int = 10, window: int = 0) -> list[str]:
 
 def read(path: str | Path, record: bool = False) -> list[dict]:
     """The lines of one log file, checked and parsed.  FileNotFoundError, or RecordError as `check`."""
-    return check(_lines(path), str(path), record=record)
+    return check(_lines(path, record), str(path), record=record)
 
 
 def verify_digest(path: str | Path) -> list[str]:
     """The lines of one record as they stand in the file, checked."""
-    lines = _lines(path)
+    lines = _lines(path, record=True)
     check(lines, str(path), record=True)
     return lines
 
@@ -129,7 +129,7 @@ def run_and_end(path: str | Path) -> tuple[dict, dict]:
 
     FileNotFoundError where there is none; RecordError for a file that is no record or was changed.
     """
-    lines = _lines(path)
+    lines = _lines(path, record=True)
     try:
         run, end = json.loads(lines[0]), json.loads(lines[-1])
         if (run["kind"], end["kind"]) == ("run", "end") and end["digest"] == record_digest(lines[:-1], end):
@@ -147,7 +147,9 @@ def run_and_end(path: str | Path) -> tuple[dict, dict]:
     raise RecordError(f"{path}: its first line is no `run`, or its last no `end`. {AGAIN}")
 
 
-def _lines(path) -> list[str]:
+def _lines(path, record: bool = False) -> list[str]:
+    if record and Path(path).exists() and not Path(path).is_file() and not Path(path).is_dir():
+        raise RecordError(f"{path}: a pipe or a device stands where a record belongs; remove it.")      # would be waited for
     try:
         text = Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as e:

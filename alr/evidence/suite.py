@@ -130,7 +130,9 @@ class Suite:
         losses, (key, values) = {}, self.grid(arm)
         for job in self.tuning_jobs():
             if job.arm == arm and job.path(data).exists():
-                losses.setdefault(getattr(job.config, key), []).append(run_and_end(job.path(data))[1]["val_loss"])
+                run, end = run_and_end(job.path(data))
+                if run["config"].get(key) == getattr(job.config, key):      # else another run's, under this one's name
+                    losses.setdefault(getattr(job.config, key), []).append(end["val_loss"])
         if len(losses) < len(values) or any(len(found) < len(self.tune.seeds) for found in losses.values()):
             return None
         best = min(losses, key=lambda value: sum(losses[value]))
@@ -223,6 +225,7 @@ def load(path: str | Path) -> Suite:
     tune = _tune(raw, path)
     arms = tuple(_arm(entry, seeds, tune, path) for entry in raw["arms"])
     _check_sources(arms, path)
+    _check_name(path.stem, f"{path}: suite {path.stem!r}")
     suite = Suite(path.stem, raw.get("about", ""), seeds, base, arms, tune, thin)
     _check_configs(suite, path)
     return suite
@@ -276,7 +279,7 @@ def _check_grid(grid: object, where: str) -> None:
     _known(grid, SETTINGS, where)
     (key, values), = grid.items()
     if not isinstance(values, list) or not values or not all(
-            isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x) for x in values):
+            isinstance(x, int | float) and not isinstance(x, bool) and abs(x) <= 1e300 for x in values):
         raise ValueError(f"{where}: {key} = {values!r}; wanted a list of numbers.")
     names = [f"{x:g}" for x in values]
     if twice := sorted({name for name in names if names.count(name) > 1}):
@@ -284,7 +287,7 @@ def _check_grid(grid: object, where: str) -> None:
 
 
 def _check_name(name: str, where: str) -> None:
-    """An arm's name becomes the name of a file, in the suite's own folder."""
+    """A suite's name becomes the name of a folder, an arm's that of files in it."""
     if not name.strip() or name.startswith(".") or set(name) & set("/\\") or not name.isprintable() or (
             len(name.encode(errors="replace")) > 200):
         raise ValueError(f"{where}: the name becomes a file's; wanted 1 to 200 bytes, no slash or backslash, no dot at its "

@@ -33,7 +33,7 @@ from tqdm import tqdm
 from ..lab import Config, train
 from ..lab.data import Corpus
 from ..lab.device import pick_device
-from ..lab.files import held, open_locked
+from ..lab.files import held, open_locked, put
 from ..lab.log import digest
 from ..lab.optimizers import read_by
 from ..lab.run import adjust, check_ranks, find_corpus, fits_memory
@@ -91,7 +91,7 @@ def record(suite: Suite, job: Job, data: Path = DATA, quiet: bool = True) -> Pat
             aside = next(name for n in itertools.count(1) if not (name := path.with_name(f"{path.name}.{n}")).exists())
             os.replace(path, aside)
             print(f"sweep: {path} was recorded with other settings; that is now {aside.name}.", file=sys.stderr)
-        os.replace(small, path)
+        put(small, path)
     return path
 
 

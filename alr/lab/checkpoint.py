@@ -17,6 +17,7 @@ import hashlib
 import itertools
 import json
 import os
+import pickle
 import re
 import shutil
 import struct
@@ -27,7 +28,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from .files import replacing
+from .files import fresh, put, replacing
 
 STATE = "state.pt"
 PARTS = (".state.part", ".model.part", ".older.part")           # files that are being written
@@ -77,15 +78,14 @@ def _save_weights(folder: Path, model: nn.Module, step: int) -> tuple[Path, str]
             tensors[name] = x.contiguous()
     new = folder / PARTS[1]
     try:
-        new.touch()
+        fresh(new)
         mode = new.stat().st_mode                       # as any file of the user's; safetensors would hide it from others
         save_file(tensors, str(new), metadata=MARK)
         new.chmod(mode)
         digest = sha256(new)
         names = (folder / f"model-{step:08d}{f'.{n}' if n else ''}.safetensors" for n in itertools.count())
         weights = next(path for path in names if not path.exists() or path.is_file() and sha256(path) == digest)
-        with replacing(weights, new.name):
-            pass
+        put(new, weights)
     except BaseException:
         new.unlink(missing_ok=True)
         raise
@@ -198,6 +198,9 @@ def load(folder: str | Path) -> dict:
         raise ValueError(f"{path} is not as it was written: its SHA-256 differs{_advice(folder)}")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:                      # whose text tells how to run it
+        raise ValueError(f"{path} holds more than tensors and plain values, which could run code and is not read"
+                         f"{_advice(folder)}") from None
     except Exception as error:                          # torch raises whatever the bytes made it do
         raise ValueError(f"{path} cannot be read ({_short(error)}){_advice(folder)}") from error
 

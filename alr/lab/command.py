@@ -74,10 +74,14 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError, ArithmeticError, MemoryError, torch.OutOfMemoryError) as error:
         say(error.on_command_line if isinstance(error, SettingError) else error or type(error).__name__)
         return 1
-    except RuntimeError as error:
-        if "alloc" not in str(error):                   # torch has no class of its own for a CPU without memory
+    except RuntimeError as error:                       # torch has no class of its own for these
+        first = str(error).partition("\n")[0]
+        if "alloc" in str(error):
+            say(f"not enough memory: {first}")
+        elif "gloo" in first or "nccl" in first.lower():
+            say(f"another process of this run has ended or cannot be reached ({first}); {after(config)}.")
+        else:
             raise
-        say(f"not enough memory: {str(error).splitlines()[0]}")
         return 1
     last = run.log[-1] if run.log else {}
     if run.leads and last.get("kind") == "end":

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import numbers
 import os
 import re
 import shlex
+import sys
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from functools import cache
 from typing import Literal, get_args, get_origin, get_type_hints
@@ -30,6 +33,16 @@ class SettingError(ValueError):
 
 class MissingFile(SettingError, FileNotFoundError):
     """A setting that names a file which is not there."""
+
+
+@contextlib.contextmanager
+def naming(setting: str, path: object) -> Iterator[None]:
+    """A context in which what the system refuses about a path is a SettingError."""
+    try:
+        yield
+    except OSError as error:
+        kind = MissingFile if isinstance(error, FileNotFoundError) else SettingError
+        raise kind(f"{{{setting}}} {path}: {str(error.strerror or error).rstrip('.')}.") from error
 
 
 def flag(setting: str) -> str:
@@ -202,6 +215,8 @@ def _fits(value, wanted) -> bool:
     if options := get_args(wanted):                     # int | None
         return any(_fits(value, option) for option in options)
     if wanted in (int, float):
+        if wanted is float and isinstance(value, numbers.Integral) and abs(value) > sys.float_info.max:
+            return False                                # a TOML file can say so, and no float can hold it
         return isinstance(value, numbers.Integral if wanted is int else numbers.Real) and not isinstance(value, bool)
     return isinstance(value, wanted)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import stat
 from collections.abc import Iterator
@@ -45,9 +46,17 @@ def held(folder: str | Path) -> Iterator[bool]:
 
 
 def open_locked(path: Path) -> TextIO | None:
-    """A regular file, made if it is not there, open for reading and writing and locked; None if somebody holds it."""
+    """A regular file, made if it is not there, open for reading and writing and locked; None if somebody holds it.
+
+    OSError for a link, which would lead to another file (who means that file resolves it), and for what is no file.
+    """
+    how = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
     while True:
-        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+", encoding="utf-8", errors="replace", newline="\n")
+        descriptor = os.open(path, how, 0o666)
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        file = os.fdopen(descriptor, "r+", encoding="utf-8", errors="replace", newline="\n")
         if not lock(file.fileno()):
             file.close()
             return None
@@ -74,15 +83,26 @@ def replacing(path: Path, part: str) -> Iterator[Path]:
     When it does not, nothing is left of the new file, and the old one stands.
     """
     new = path.with_name(part)
+    fresh(new)
     try:
-        new.touch()
         yield new
-        with open(new, "rb+") as file:
-            os.fsync(file.fileno())                     # else the rename may reach the disk before what it names
-        os.replace(new, path)
+        put(new, path)
     except BaseException:
         new.unlink(missing_ok=True)
         raise
+
+
+def fresh(path: Path) -> None:
+    """A new, empty file.  What has its name is unlinked, not written to: it may be a link to a file of somebody else's."""
+    path.unlink(missing_ok=True)
+    path.touch(exist_ok=False)
+
+
+def put(new: Path, path: Path) -> None:
+    """Give a finished file its place in one rename, which a power cut undoes as a whole or not at all."""
+    with open(new, "rb+") as file:
+        os.fsync(file.fileno())                         # else the rename may reach the disk before what it names
+    os.replace(new, path)
     sync_folder(path.parent)
 
 

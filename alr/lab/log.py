@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
-from .config import SettingError
+from .config import SettingError, naming
 from .files import in_place, open_locked
 
 PACKAGE = Path(__file__).resolve().parents[1]         # alr/
@@ -43,12 +43,13 @@ class Lines:
 
     def check(self) -> None:
         """SettingError where `open` would refuse what lies there now; nothing is made or changed."""
-        if self.path is None or in_place(self.path) or not self.path.exists():
-            return
-        if self.path.is_dir():
-            raise SettingError(f"{{{self.setting}}} {self.path} is a folder; wanted the path of a file.")
-        with open(self.path, encoding="utf-8", errors="replace", newline="\n") as file:
-            self._check(file.readline(LONG))
+        with naming(self.setting, self.path):
+            if self.path is None or in_place(self.path) or not self.path.exists():
+                return
+            if self.path.is_dir():
+                raise SettingError(f"{{{self.setting}}} {self.path} is a folder; wanted the path of a file.")
+            with open(self.path, encoding="utf-8", errors="replace", newline="\n") as file:
+                self._check(file.readline(LONG))
 
     def _check(self, first: str) -> None:
         if first and not any(first.startswith(begin) or begin.startswith(first) for begin in BEGINS):   # or cut off in it
@@ -74,9 +75,11 @@ class Lines:
         """Make the file, with the lines so far; nothing happens if it is open, or if there is no path."""
         if self.path is None or self._file is not None:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        if in_place(self.path):
-            self._file = open(self.path, "a", encoding="utf-8", newline="\n")
+        with naming(self.setting, self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if in_place(self.path):
+                self._file = open(self.path, "a", encoding="utf-8", newline="\n")
+        if self._file is not None:
             self._put("".join(line + "\n" for line in self.lines))
             return
         path = Path(os.path.realpath(self.path))
@@ -107,7 +110,8 @@ class Lines:
         self._put("".join(line + "\n" for line in self.lines))
 
     def _locked(self, path: Path) -> TextIO:
-        file = open_locked(path)
+        with naming(self.setting, self.path):
+            file = open_locked(path)
         if file is None:
             raise SettingError(f"{{{self.setting}}} {self.path} is being written by another process; wait for its end, or "
                                "write another name.")
@@ -140,6 +144,15 @@ class Log(Lines):
         self.records.append(record)
         self.add(line)
         return record
+
+
+def is_line(text: str) -> bool:
+    """Is this a line of a log: a JSON object that says of which kind it is?"""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and isinstance(found.get("kind"), str)
 
 
 def seed_line(epoch: dict) -> str:

@@ -19,18 +19,19 @@ from ..factor import check_rank
 from ..linear import picks
 from ..observe import shared_out
 from . import checkpoint
-from .config import Config, MissingFile, SettingError
+from .config import Config, MissingFile, SettingError, naming
 from .data import Corpus, corpus
 from .device import memory_limit, pick_device, pick_dtype, processor
-from .log import Lines, Log, provenance, seed_line
+from .log import Lines, Log, is_line, provenance, seed_line
 from .model import GPT, MLPLM, GPTConfig, MLPConfig, block_linears, count_parameters
 from .optimizers import make_optimizers
 from .processes import Workers
 
 MOVABLE = {"device", "threads"}                         # settings that a resumed run may change
 COMPARED_ELSEWHERE = {"recipe", "corpus", "data_file"}  # on resume: by value and by fingerprint, however they were named
-STATE = {"config", "recipe", "fingerprint", "step", "epoch", "running", "val_loss", "spent", "seconds", "resumed", "rng",
-         "each", "lines", "adapter", "optimizers", "weights", "weights_digest"}
+STATE = {"config": dict, "recipe": str, "fingerprint": str, "step": int, "epoch": int, "running": Tensor,
+         "val_loss": float | None, "spent": float, "seconds": dict, "resumed": list, "rng": dict, "each": list, "lines": list,
+         "adapter": dict, "optimizers": list, "weights": str, "weights_digest": str}      # what a checkpoint holds
 
 
 @dataclass(eq=False)
@@ -142,7 +143,8 @@ def prepare(config: Config, recipe: Recipe | None = None, workers: Workers | Non
     given = recipe if recipe is not None else recipes.parse(config.recipe or "v10")
     adjusted = adjust(given, config).paced(config.steps_per_epoch)
     device = pick_device(config.device, workers.local_rank)
-    saved = _saved(config, repr(given))
+    with naming("out", config.out):
+        saved = _saved(config, repr(given))
     if config.batch_size % workers.size:
         raise SettingError(f"{{batch_size}} {config.batch_size} cannot be shared by {workers.size} processes.")
     if config.threads is not None:
@@ -213,8 +215,9 @@ def log_path(config: Config) -> Path | None:
 
 def check_places(config: Config, *logs: Lines) -> None:
     """SettingError where a log would be written over something else, or the folder for checkpoints is a file."""
-    if config.out is not None and Path(config.out).exists() and not Path(config.out).is_dir():
-        raise SettingError(f"{{out}} {config.out} is a file; wanted a folder for checkpoints.")
+    with naming("out", config.out):
+        if config.out is not None and Path(config.out).exists() and not Path(config.out).is_dir():
+            raise SettingError(f"{{out}} {config.out} is a file; wanted a folder for checkpoints.")
     taken: dict[str, str] = {}
     if config.data_file is not None:
         taken[os.path.realpath(config.data_file)] = "data_file"
@@ -277,11 +280,7 @@ def _saved(config: Config, given: str) -> dict | None:
             raise SettingError(f"{{out}}: {config.out} holds a checkpoint already; add {{resume}} to go on from it, or "
                                "choose another folder.")
         return None
-    saved, mine = checkpoint.load(config.out), config.describe()
-    if not isinstance(saved, dict) or not STATE <= saved.keys() or not isinstance(saved["config"], dict):
-        lacks = sorted(STATE - saved.keys())[:1] if isinstance(saved, dict) else ["everything"]
-        raise ValueError(f"{Path(config.out) / checkpoint.STATE} is of another version of this program (it lacks "
-                         f"{', '.join(lacks)}); start anew in another folder.")
+    saved, mine = saved_in(config.out), config.describe()
     was = Config().describe() | saved["config"]         # a setting younger than the checkpoint stood at its default
     differ = [key for key in mine if key not in MOVABLE | COMPARED_ELSEWHERE and was[key] != mine[key]]
     if differ:
@@ -292,9 +291,27 @@ def _saved(config: Config, given: str) -> dict | None:
     return saved
 
 
+def saved_in(out: str | Path) -> dict:
+    """The state in a folder, whose parts are of the kinds that `Run.save` writes.  FileNotFoundError and ValueError as
+    `checkpoint.load`."""
+    saved, why = checkpoint.load(out), None
+    if not isinstance(saved, dict) or (lacks := sorted(STATE.keys() - saved.keys())):
+        why = f"it lacks {lacks[0] if isinstance(saved, dict) else 'everything'}"
+    elif wrong := [key for key, kind in STATE.items() if not isinstance(saved[key], kind)]:
+        why = f"{wrong[0]} is of type {type(saved[wrong[0]]).__name__}"
+    elif unknown := saved["config"].keys() - Config().describe().keys():
+        why = f"there is no setting {min(unknown, key=str)!r}"
+    elif not all(isinstance(line, str) and is_line(line) for line in saved["lines"]):
+        why = "its log is none"
+    if why is not None:
+        raise ValueError(f"{Path(out) / checkpoint.STATE} is of another version of this program ({why}); start anew in another "
+                         "folder.")
+    return saved
+
+
 def load(out: str | Path, data_dir: str | None = None, device: str = "auto") -> Run:
     """The run whose checkpoint lies in `out`, as it was left: load("out").model.generate(...)."""
-    state = checkpoint.load(out)
+    state = saved_in(out)
     config = Config(**state["config"] | {"out": str(out), "resume": True, "data_dir": data_dir, "device": device})
     return prepare(config, recipes.parse(state["recipe"]))
 

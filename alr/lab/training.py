@@ -7,12 +7,13 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ..adapt import Recipe
 from . import checkpoint
-from .config import Config, SettingError
+from .config import Config, SettingError, naming
 from .files import held
 from .loop import Loop
 from .processes import Workers
@@ -37,12 +38,12 @@ def train(config: Config = Config(), recipe: Recipe | None = None, callback: Cal
     with contextlib.ExitStack() as stack:
         stack.callback(workers.stop)
         folder = Path(config.out) if config.out is not None and workers.rank == 0 else None
-        if folder is not None and folder.is_dir():      # before anything there is read
+        if folder is not None and os.path.isdir(folder):        # before anything there is read
             stack.enter_context(claim(folder))
         run = prepare(config, recipe, workers)
         if ended(run):                                  # resumed after its end: there is nothing left to do
             return run
-        if folder is not None and not folder.is_dir():
+        if folder is not None and not os.path.isdir(folder):
             stack.enter_context(claim(folder))
             if checkpoint.exists(folder):               # another process was here between our look and our claim
                 raise SettingError(f"{{out}}: {folder} holds a checkpoint already; choose another folder.")
@@ -68,8 +69,9 @@ def train(config: Config = Config(), recipe: Recipe | None = None, callback: Cal
 @contextlib.contextmanager
 def claim(folder: Path) -> Iterator[None]:
     """A context in which this process alone writes to a folder, which is made, and goes again if it is left empty."""
-    made = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
+    with naming("out", folder):
+        made = not folder.exists()
+        folder.mkdir(parents=True, exist_ok=True)
     with held(folder) as mine:
         if not mine:
             raise SettingError(f"{{out}} {folder} is in use by another process; wait for its end, or choose another folder.")

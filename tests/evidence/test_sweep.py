@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -12,8 +13,8 @@ import pytest
 
 import alr
 from alr import recipes
+from alr.evidence import records, sweep
 from alr.evidence import suite as suites
-from alr.evidence import sweep
 from alr.evidence.records import record_digest
 from alr.evidence.suite import borrowed
 from alr.lab import Config
@@ -62,6 +63,19 @@ def make(tmp_path, monkeypatch):
         path.write_text(BASE.format(text=text.as_posix()) + body, encoding="utf-8")
         return suites.load(path), tmp_path
     return make
+
+
+def forked(do) -> int:
+    """A second process that does it; its number.  Exit status 1 if that fails."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            sys.stdout = sys.stderr = open(os.devnull, "w")
+            status = int(do() is False)
+        finally:
+            os._exit(status)
+    return child
 
 
 def lines(path):
@@ -178,10 +192,13 @@ def test_verify_repeats_a_record_and_notices_a_changed_one(make):
     (ARMS + "set = { epochs = '2' }", "arm 'held': epochs is '2'"),
     (ARMS + "set = 3", "wanted a table"), (ARMS + "tune = 1", "wanted true or false"), (ARMS + "seeds = 1", "list of whole"),
     (ARMS + "set = { out = 'x' }", "key 'out' is not known"), (ARMS + "set = { seed = 3 }", "key 'seed' is not known"),
+    (ARMS + f"set = {{ lr = 1{'0' * 400} }}", "wanted a number"),
     (ARMS + "set = { lr = -1.0 }", "toy.toml: arm 'held': lr is -1.0"), ("[thin]\nevery = 'a'\n" + ARMS, "every is 'a'"),
     *((f"[tune]\n{grid}\n" + ARMS, words) for grid, words in (
         ("", "no grid"), ("grid = { lr = 1e-3 }", "a list of numbers"), ("grid = { lr = [] }", "a list of numbers"),
-        ("grid = { lr = ['a'] }", "a list of numbers"), ("grid = { lr = [true] }", "a list of numbers"),
+        ("grid = { lr = ['a'] }", "a list of numbers"), (f"grid = {{ lr = [1{'0' * 400}] }}", "a list of numbers"),
+        ("grid = { lr = [nan, 1e-3] }", "a list of numbers"), ("grid = { lr = [0] }", "lr is 0; wanted a number above 0"),
+        ("grid = { lr = [true] }", "a list of numbers"),
         ("grid = { lr = [1e-3, 0.001] }", "lr has 0.001 twice"), ("grid = { lr = [1.0, 1.0000001] }", "lr has 1 twice"),
         ("grid = { lr = [1], muon_lr = [1] }", "one is tuned at a time"),
         ("grid = { d_model = [16, 7] }", "7 is not divisible"), ("grid = { seed = [1, 2] }", "key 'seed' is not known"),
@@ -349,6 +366,57 @@ def test_a_suite_of_the_same_name_elsewhere_replaces_nothing(make, monkeypatch, 
     assert not (root / "runs").exists()
 
 
+@pytest.mark.parametrize("name", ["..toml", "...toml", ".toml", ".hidden.toml", "a\nb.toml", " .toml"])
+def test_a_suites_name_is_the_name_of_a_folder(make, tmp_path, name):
+    """`..toml` would record into the folder of all suites, and `...toml` into the one above."""
+    make()
+    path = tmp_path / name
+    path.write_text((tmp_path / "suites" / "toy.toml").read_text())
+    with pytest.raises(ValueError, match="the name becomes"):
+        suites.load(path)
+
+
+def test_a_pipe_in_the_place_of_a_record_is_not_waited_for(make):
+    suite, root = make(DENSE)
+    folder = root / "runs" / "toy"
+    folder.mkdir(parents=True)
+    os.mkfifo(folder / "dense.seed0.jsonl")
+    (folder / "dense.seed1.jsonl").symlink_to(folder / "nowhere")
+    with pytest.raises(RuntimeError, match="1 runs recorded.*\n.*dense.seed0.jsonl: a pipe or a device stands where a record"):
+        sweep.sweep(suite, data=root)
+    assert (folder / "dense.seed0.jsonl").is_fifo() and lines(folder / "dense.seed1.jsonl")[-1]["kind"] == "end"
+    with pytest.raises(ValueError, match="a pipe or a device"):
+        records.runs("toy", root / "runs")
+
+
+def test_records_that_change_their_names_choose_nothing(make, capsys):
+    """Of the values of a grid: each is believed about the value that stands in it, not in its name."""
+    suite, root = make("[tune]\ngrid = { lr = [1e-3, 1e-2] }\nseeds = [7]\n" + DENSE)
+    sweep.sweep(suite, data=root)
+    best = suite.choose(root)
+    a, b = (root / "runs" / "toy" / "tune" / f"dense.lr{lr}.seed7.jsonl" for lr in ("0.001", "0.01"))
+    text = a.read_text(), b.read_text()
+    a.write_text(text[1]), b.write_text(text[0])
+    assert suite.choose(root) == {} and "2 runs to make" in sweep.dry_run(suite, root)
+    assert sweep.sweep(suite, data=root) == 2 and suite.choose(root) == best
+    assert a.with_name(a.name + ".1").read_text() == text[1]       # moved aside, not lost
+
+
+@pytest.mark.parametrize("size", [100, 2000])
+def test_a_full_disk_stops_no_other_run_and_leaves_no_half_record(make, size):
+    suite, root = make(DENSE)
+
+    def full():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+        try:
+            sweep.sweep(suite, data=root)
+        except RuntimeError as error:
+            return str(error).count("File too large") == 2 and "0 runs recorded" in str(error)
+        return False
+    assert os.waitpid(forked(full), 0)[1] == 0
+    assert list((root / "runs" / "toy").iterdir()) == [] and sweep.sweep(suite, data=root) == 2
+
+
 def test_what_cannot_start_stops_before_the_first_run(make):
     for body, words in ((ARMS + "set = { init_rank = 99 }", "arm 'held': init_rank: rank 99 asked of blocks.0.attn.q"),
                         (ARMS.replace('name = "alr"', 'name = "alr"\nseeds = [1]'), "from 'alr', which has no run at"),
@@ -425,18 +493,6 @@ def test_ctrl_c_is_one_line(make, monkeypatch, capsys):
 
 
 # ------------------------------------------------------------------------------------------------ two sweeps
-
-def forked(do) -> int:
-    """A second process that does it; its number.  Exit status 1 if that fails."""
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            status = int(do() is False)
-        finally:
-            os._exit(status)
-    return child
-
 
 def test_two_sweeps_of_one_suite_exclude_each_other_and_a_kill_frees_it(make, monkeypatch, tmp_path, capsys):
     """The second says in one line which process records, also with --only of another arm; after a SIGKILL it goes on."""

@@ -4,7 +4,9 @@ import contextlib
 import errno
 import os
 import random
+import shlex
 import signal
+import socket
 from dataclasses import replace
 
 import pytest
@@ -118,6 +120,51 @@ def test_a_file_that_is_no_log_is_refused_and_left(small, tmp_path):
     assert open(small.data_file, "rb").read() == text and os.listdir(tmp_path) == ["x"]
 
 
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+def test_a_link_under_a_name_of_ours_leads_to_no_other_file(small, tmp_path, link):
+    """A file elsewhere is not written to because a link to it is called as a file that is being written."""
+    out, precious = tmp_path / "out", tmp_path / "precious"
+    config = replace(small, out=str(out), save_every=2, keep=2)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, callback=at(5, interrupt), quiet=True)
+    precious.write_text("precious")
+    for name in checkpoint.PARTS:
+        link(precious, out / name)
+    train(replace(config, resume=True), quiet=True)
+    assert precious.read_text() == "precious" and not {*checkpoint.PARTS[:2]} & {*os.listdir(out)}
+    for name in ("lock", ".log.jsonl.part"):
+        os.symlink(precious, tmp_path / name)
+        with pytest.raises(OSError, match=name):
+            open_locked(tmp_path / name)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="not a regular file.*pipe"):
+        open_locked(tmp_path / "pipe")
+    (out / checkpoint.PARTS[0]).mkdir()
+    with pytest.raises(OSError, match="could not be written to .*still stands"):
+        checkpoint.save(out, nn.Linear(1, 1), {}, 9)
+    assert load(out, device="cpu").step == 12
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--out=dangling", "--out dangling: File exists."), ("--out=" + "x" * 300, "File name too long."),
+    ("--out=file/x", "--out file/x: "), ("--out=none --resume", "--out none: no checkpoint in none"),
+    ("--log-file=socket", "--log-file socket: No such device"), ("--log-file=loop", "--log-file loop: Too many levels"),
+    ("--log-file=file/x", "--log-file file/x: "), ("--seed-log=" + "x" * 300, "File name too long."),
+    ("--seed-log=/proc/x/y", "--seed-log /proc/x/y: No such file or directory.")])
+def test_a_place_that_cannot_be_had_names_its_flag_and_makes_nothing(small, tmp_path, monkeypatch, capsys, flags, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("precious")
+    os.symlink("nowhere", "dangling")
+    os.symlink("loop", "loop")
+    with socket.socket(socket.AF_UNIX) as made:
+        made.bind("socket")
+    before = sorted(os.listdir())
+    assert main([*shlex.split(small.command())[3:], *flags.split()]) == 1
+    said = capsys.readouterr().err
+    assert words in said and said.startswith(f"train: {flags.split('=')[0]} ") and said.count("\n") == 1
+    assert sorted(os.listdir()) == before and (tmp_path / "file").read_text() == "precious"
+
+
 def test_two_runs_on_one_folder_or_one_log_exclude_each_other(small, tmp_path):
     out, log = tmp_path / "out", tmp_path / "log.jsonl"
     refused = []
@@ -198,10 +245,20 @@ def test_foreign_newer_and_incompatible_checkpoints_are_one_line(small, tmp_path
     state = checkpoint.load(done.out)
     for spoil, words in (({"optimizers": []}, "does not fit this run"), ({"rng": {"cpu": torch.zeros(3, dtype=torch.uint8)}},
                          "does not fit this run"), ({"step": 99}, "step 99 of epoch 1 is no moment of this run"),
-                         ({"adapter": {}}, "does not fit this run")):
+                         ({"adapter": {}}, "does not fit this run"), ({"lines": "x"}, "lines is of type str"),
+                         ({"lines": [1]}, "its log is none"), ({"lines": ["[]"]}, "its log is none"),
+                         ({"lines": ["{"]}, "its log is none"), ({"resumed": None}, "resumed is of type NoneType"),
+                         ({"config": state["config"] | {"newer": 1}}, "no setting 'newer'"),
+                         ({"config": []}, "config is of type list"), ({"val_loss": "x"}, "val_loss is of type str"),
+                         ({"each": [1, 2]}, "does not fit this run"), ({"fingerprint": None}, "fingerprint is of type")):
         checkpoint.save(done.out, run.model, state | spoil, 6)
-        with pytest.raises(ValueError, match=words):
-            train(replace(done, resume=True), quiet=True)
+        for go_on in (lambda: train(replace(done, resume=True), quiet=True), lambda: load(done.out, device="cpu")):
+            with pytest.raises(ValueError, match=f"state.pt .*{words}" if "step" not in spoil else words):
+                go_on()
+    checkpoint.save(done.out, run.model, {"evil": os.system}, 6)
+    with pytest.raises(ValueError, match="could run code and is not read") as error:
+        load(done.out)
+    assert "weights_only" not in str(error.value)
     checkpoint.save(done.out, model, state, 6)
     with pytest.raises(ValueError, match="does not fit the model of these settings"):
         train(replace(done, resume=True), quiet=True)
@@ -267,6 +324,7 @@ def test_a_resumed_run_says_what_it_changed_and_all_that_it_may_not(small, tmp_p
         torch.set_num_threads(1)
     resumed, = end["resumed"]
     assert resumed["step"] == 7 and resumed["threads"] == 2 and resumed["device"] == "cpu" and resumed["processor"]
+    assert not resumed["exact"]
 
 
 # ------------------------------------------------------------------------------------------------ less to lose
@@ -323,7 +381,9 @@ def test_a_kill_within_a_save_leaves_a_pair(small, tmp_path, monkeypatch, moment
                 os.kill(os.getpid(), signal.SIGKILL)
             real(a, b)
         if moment == "unlink":
-            monkeypatch.setattr(checkpoint.Path, "unlink", lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL))
+            unlink = checkpoint.Path.unlink
+            monkeypatch.setattr(checkpoint.Path, "unlink", lambda path, **k: os.kill(os.getpid(), signal.SIGKILL)
+                                if checkpoint.WEIGHTS.fullmatch(path.name) else unlink(path, **k))
         monkeypatch.setattr(os, "replace", dies)
         train(config, quiet=True)
         os._exit(0)

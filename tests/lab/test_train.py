@@ -19,7 +19,7 @@ import torch.nn.functional as F
 import alr
 from alr import recipes
 from alr.evidence.records import check
-from alr.lab import Config, Run, checkpoint, evaluate, load, loop, train
+from alr.lab import Config, Run, checkpoint, command, evaluate, load, loop, train
 from alr.lab.command import main
 from alr.lab.data import corpus
 from alr.lab.model import GPT, GPTConfig, count_parameters
@@ -576,10 +576,11 @@ def worker(rank, port, config, interrupt, kill):
             os.kill(os.getpid(), signal.SIGINT)         # one is told, both stop, at the same step
         if (rank, run.step) in kill:
             os.kill(os.getpid(), signal.SIGKILL)
-    try:
-        train(config, callback=callback, quiet=True)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    sys.stderr = open(f"{config.out}-{rank}.err", "w", encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command, "train", lambda config: train(config, callback=callback, quiet=True))
+        sys.exit(main([*shlex.split(config.command())[3:], f"--out={config.out}", *["--resume"] * config.resume,
+                       f"--save-every={config.save_every or 10**6}", f"--keep={config.keep}"]))
 
 
 def two_processes(config, interrupt=False, kill=()):
@@ -687,6 +688,8 @@ def test_a_process_that_is_killed_ends_the_other_and_loses_what_came_after_the_l
     assert two_processes(never) == [0, 0]
     ends = two_processes(cut, kill={(dead, 3)})
     assert ends[dead] == -signal.SIGKILL and ends[1 - dead] == 1
+    said = (tmp_path / f"cut-{1 - dead}.err").read_text(encoding="utf-8")
+    assert "another process of this run has ended" in said and "go on with --resume" in said and "Traceback" not in said
     assert checkpoint.load(cut.out)["step"] == 2
     assert two_processes(replace(cut, resume=True)) == [0, 0]
     assert same(load(never.out, device="cpu").model.state_dict(), load(cut.out, device="cpu").model.state_dict())
