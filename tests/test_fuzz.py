@@ -1,12 +1,16 @@
 """Whatever stands in a flag, a text, a recipe, a suite, a record or a checkpoint: one line, no traceback, no half output.
+Whenever a run is killed: it goes on and ends bit for bit where an unbroken one does.
 
 Each kind draws cases from a seed until its seconds are over: FUZZ_SECONDS (5 by default, `make fuzz` takes more) and
-FUZZ_SEED.  A case that fails is printed as it can be repeated.
+FUZZ_SEED; of kills at least FUZZ_KILLS.  A case that fails is printed as it can be repeated; the last line counts the cases.
 """
 
 import json
 import os
 import random
+import shutil
+import signal
+import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -18,11 +22,14 @@ from alr.evidence import records, sweep
 from alr.evidence import suite as suites
 from alr.lab import Config, checkpoint
 from alr.lab.command import main
+from alr.lab.log import provenance
 from alr.recipes import ALL
 
 from synthetic import log, write
 
 SECONDS, SEED = float(os.environ.get("FUZZ_SECONDS", 5)), int(os.environ.get("FUZZ_SEED", 0))
+KILLS = int(os.environ.get("FUZZ_KILLS", 5))
+COUNTS: dict[str, int] = {}             # cases of each kind
 ODD = ["", " ", "0", "-1", "1", "2", "3", "7", "0.5", "1.5", "-0.0", "nan", "inf", "-inf", "1e400", "1e-320", "1e-3", "1e30",
        "99999999999999999999", "9" * 400, "x", "None", "True", "[]", "{lr}", "a\nb", "\u202e", "\U0001f642", "../..", "--", "~",
        "/dev/null", "'", "%s", "$HOME", "nul\0"]
@@ -66,13 +73,22 @@ def here(tmp_path, monkeypatch):
     torch.set_num_threads(1)
 
 
-def cases(name: str) -> Iterator[random.Random]:
-    """Sources of random choices, one a case, until the time is over; five at least."""
+@pytest.fixture(scope="module", autouse=True)
+def summary(request):
+    """The last line: how many cases there were of each kind."""
+    yield
+    kinds = ", ".join(f"{name} {count:,}" for name, count in COUNTS.items())
+    terminal = request.config.pluginmanager.get_plugin("terminalreporter")
+    terminal.write_line(f"\nfuzz, seed {SEED}: {sum(COUNTS.values()):,} cases ({kinds})")
+
+
+def cases(name: str, least: int = 5) -> Iterator[random.Random]:
+    """Sources of random choices, one a case, until the time is over; so many at least."""
     end, i = time.monotonic() + SECONDS, 0
-    while i < 5 or time.monotonic() < end:
+    while i < least or time.monotonic() < end:
+        COUNTS[name] = COUNTS.get(name, 0) + 1
         yield random.Random(f"{SEED} {name} {i}")
         i += 1
-    print(f"{name}: {i} cases")
 
 
 def flags(**changes) -> list[str]:
@@ -194,3 +210,89 @@ def test_checkpoints(here, capfd):
             assert refuses_or_runs(main, flags(out="out") + ["--resume"], capfd) == 1
             path.write_bytes(raw)
     assert refuses_or_runs(main, flags(out="out") + ["--resume"], capfd) == 0
+
+
+# ------------------------------------------------------------------------------------------------ kills
+
+LONGER = dict(epochs=3, steps_per_epoch=8, save_every=1, dropout=0.1, log_every=3)
+KILLED = {                              # ranks move at steps 8 and 16, by what some steps before them showed
+    "v10": dict(recipe="replace(v10, epoch=8, every=8, control=each(v10.control, safety=0.4, ema=0.0, max_step=1))",
+                init_rank=6, min_rank=2),
+    "alr": dict(recipe="replace(alr, epoch=8, every=8, estimate=FisherSpectrum(steps=4), resize=FisherCut(steps=4), "
+                       "control=Budget(share=0.3, begin=0.1, end=0.9, min_rank=1))", optimizer="pairs"),
+    "gradient": dict(recipe="replace(repaired, epoch=8, every=8, control=Schedule(((0, 2), (8, 4), (16, 6))), "
+                            "resize=GrowAlongGradient(steps=5))", init_rank=2),
+}
+
+
+def left(folder) -> dict:
+    """What a run has left, without its times: all of its state, the SHA-256 of its weights, the lines of its log."""
+    state = checkpoint.load(folder)
+    log = [json.loads(line) for line in state.pop("lines")]
+    timeless = [{k: v for k, v in line.items() if k not in sweep.NOT_COMPARED} for line in log]
+    return {**{k: v for k, v in state.items() if k not in ("seconds", "spent", "resumed")}, "log": timeless,
+            "adapter": {k: v for k, v in state["adapter"].items() if k != "seconds"}}
+
+
+def same(a, b) -> bool:
+    """Are two nests of tensors and plain values equal to the bit?"""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def started(argv) -> int:
+    """A process that trains, its errors in errors.txt; its number."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})       # a child hit outside of `try` would be a second pytest
+    child = os.fork()
+    if child == 0:
+        status = 99
+        try:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+            sys.stderr = open("errors.txt", "w")
+            os.dup2(sys.stderr.fileno(), 2)
+            status = main(argv)
+        except KeyboardInterrupt:                       # before the program listens, or after it
+            status = 130
+        finally:
+            os._exit(status)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    return child
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_kills(here, capfd, monkeypatch):
+    """A signal at a random moment of a run that saves after every step; then to the end, perhaps through a second signal."""
+    code = provenance()
+    monkeypatch.setattr("alr.lab.run.provenance", lambda: code)     # git is asked once
+    unbroken, takes = {}, {}
+    for name, changes in KILLED.items():
+        argv, begin = flags(**LONGER | changes, out=f"unbroken-{name}"), time.monotonic()
+        assert os.waitpid(started(argv), 0)[1] == 0, (here / "errors.txt").read_text()
+        takes[name], unbroken[name] = time.monotonic() - begin, left(f"unbroken-{name}")
+        assert {8, 16} <= {x["step"] for x in unbroken[name]["log"] if x["kind"] == "resize"}, name
+    seen = {}
+    for rng in cases("kills", KILLS):
+        name, out = rng.choice(list(KILLED)), here / "out"
+        shutil.rmtree(out, ignore_errors=True)
+        argv = flags(**LONGER | KILLED[name], out="out")
+        for _ in range(rng.choice((1, 1, 2))):
+            number = rng.choice((signal.SIGKILL,) * 8 + (signal.SIGTERM, signal.SIGHUP, signal.SIGINT))
+            child = started(argv + ["--resume"] * checkpoint.exists(out))
+            time.sleep(rng.uniform(0, takes[name]))
+            os.kill(child, number)
+            status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            assert status in (0, 130, -number), (name, number, status, (here / "errors.txt").read_text())
+            assert "Traceback" not in (here / "errors.txt").read_text()
+            then = "had ended" if status == 0 else "goes on" if checkpoint.exists(out) else "begins anew"
+            key = f"{signal.Signals(number).name} {then}"
+            seen[key] = seen.get(key, 0) + 1
+        assert os.waitpid(started(argv + ["--resume"] * checkpoint.exists(out)), 0)[1] == 0, (here / "errors.txt").read_text()
+        assert same(left(out), unbroken[name]), (name, seen)
+        assert not [p.name for p in out.iterdir() if p.name.endswith(".part")], sorted(os.listdir(out))
+    with capfd.disabled():
+        print("kills:", ", ".join(f"{count} {key}" for key, count in sorted(seen.items())))
