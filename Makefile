@@ -95,7 +95,7 @@ lab: env ## open the notebooks in JupyterLab (installed on the first call, pinne
 lint: env ## ruff over alr/, book/ and tests/ (ARGS=--fix mends what is safe to mend)
 	@$(PY) -m ruff check $(if $(filter command line,$(origin ARGS)),$(ARGS)) alr book tests
 
-fuzz: env ## thousands of odd flags, texts, recipes, suites, records and checkpoints (ARGS=600: seconds for each kind)
+fuzz: env ## odd flags, texts, recipes, suites, records, checkpoints; kills (ARGS=600: seconds a kind; FUZZ_KILLS=100: at least)
 	@FUZZ_SECONDS="$(if $(filter command line,$(origin ARGS)),$(ARGS),120)" FUZZ_SEED="$$(date +%s)" TQDM_DISABLE=1 \
 	    $(PY) -m pytest tests/test_fuzz.py
 
