@@ -3,7 +3,7 @@
 
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
-.PHONY: help env book pages test train runs claims confirm refresh lab lint fuzz bench pdf diff clean
+.PHONY: help env book pages test train runs claims confirm stale refresh lab lint fuzz bench pdf diff clean
 
 PYTHON  ?= python3
 VENV    ?= .venv
@@ -11,6 +11,7 @@ PROFILE ?=
 ONLY    ?=
 ARGS    ?= --log-file v10_log.jsonl --epochs 30 --init-rank 64 --min-rank 8 --d-model 512
 PY       = "$(VENV)/bin/python"
+MORE     = $(if $(filter command line,$(origin ARGS)),$(ARGS))
 
 ifeq ($(strip $(VENV)),)
 $(error VENV is empty: activate the conda environment first, or leave VENV out)
@@ -39,16 +40,16 @@ help: ## this list
 env:
 	@sh book/env.sh
 
-book: env ## run every notebook, build the HTML book, say which file to open; goes on where it was cut off
-	@$(PY) book/notebooks.py run --profile "$(PROFILE)"
+book: env ## run the stale notebooks (ARGS=--all: every one), build the HTML book; goes on where it was cut off
+	@$(PY) book/notebooks.py run --profile "$(PROFILE)" $(MORE)
 	@$(PY) book/build.py html --profile "$(PROFILE)"
 
 pages: env ## the HTML book from the notebooks' committed outputs, none of them run: about a minute
 	@$(PY) book/build.py html --stored
 
-test: env ## unit tests, then every notebook as committed (nbval); goes on where it was cut off
+test: env ## unit tests, then the notebooks as committed (nbval) that have not passed here (ARGS=--all: every one)
 	@TQDM_DISABLE=1 $(PY) -m pytest tests
-	@$(PY) book/notebooks.py check $(ONLY)
+	@$(PY) book/notebooks.py check $(ONLY) $(MORE)
 
 train: env ## the original's training command, on wiki.train.tokens or else on Python's own manual (ARGS="...")
 	@set --; \
@@ -84,8 +85,11 @@ confirm: env ## your own runs against the book's, one log per seed: make confirm
 	fi
 	@$(PY) -m alr.claims --suite "$(SUITE)" --mine $(MINE)
 
-refresh: env ## run the notebooks in place and take out what differs from run to run (ONLY=10_v10 for one)
-	@$(PY) book/notebooks.py refresh $(ONLY)
+stale: env ## the notebooks whose stored outputs come from other code, data or pins than today's
+	@$(PY) book/notebooks.py stale
+
+refresh: env ## run the stale notebooks in place (ONLY=10_v10: that one; ARGS=--all: every one) and stamp them
+	@$(PY) book/notebooks.py refresh $(ONLY) $(MORE)
 
 lab: env ## open the notebooks in JupyterLab (installed on the first call, pinned)
 	@$(PY) -c 'import jupyterlab' 2>/dev/null || \
@@ -104,9 +108,9 @@ bench: env ## time the resizes, the rank checks and the layer against their refe
 	if [ ! -f "$$1" ]; then echo "no tests/bench_*.py to run"; exit 1; fi; \
 	$(PY) -m pytest -o python_functions="bench_*" --benchmark-only --benchmark-columns=min,median,iqr,rounds "$$@"
 
-pdf: env ## the book as one PDF, printed by Chromium or Chrome
-	@$(PY) book/notebooks.py run --profile "$(PROFILE)"
-	@$(PY) book/build.py pdf --profile "$(PROFILE)"
+pdf: env ## the book as one PDF, by Chromium or Chrome (ARGS=--stored: none run, as in pages; ARGS=--all: every one)
+	@case " $(MORE) " in *" --stored "*) ;; *) $(PY) book/notebooks.py run --profile "$(PROFILE)" $(MORE) ;; esac
+	@$(PY) book/build.py pdf --profile "$(PROFILE)" $(filter --stored,$(MORE))
 
 clean: ## remove everything built; the environment (.venv) and downloaded corpora (data/cache) stay
 	rm -rf _build .pytest_cache .ruff_cache .hypothesis .benchmarks

@@ -6,8 +6,8 @@ cells     The sources of the code cells, without their outputs.
 modules   What the cells import of alr/, and what that imports in turn, as syntax trees: comments, docstrings and line breaks
           stale nothing. The parents of an imported module run too, so they count. A module that reads docstrings counts as
           text. Cells that start other programs, import by name or look at sources depend on the text of all of alr/.
-data      Every file of data/ but the cache: records, suites, claims. One fingerprint for all chapters, because which suite
-          a chapter reads cannot be seen without running it.
+data      Every file of data/ but the cache and hidden ones: records, suites, claims. One fingerprint for all chapters,
+          because which suite a chapter reads cannot be seen without running it.
 titles    The first line of each notebook, which the page of claims quotes.
 pins      The lines of constraints.txt, without comments.
 profile   The sizes; 'committed' is the notebooks' own default.
@@ -68,7 +68,7 @@ def files(root: Path) -> dict[str, Path]:
     paths = [*(root / "alr").rglob("*.py"), *(path for path in (root / "data").rglob("*") if path.is_file()),
              root / "constraints.txt"]
     found = {path.relative_to(root).as_posix(): path for path in sorted(paths)}
-    return {name: path for name, path in found.items() if not name.startswith("data/cache/")}
+    return {name: path for name, path in found.items() if not name.startswith("data/cache/") and "/." not in name}
 
 
 def times(root: Path) -> dict[str, tuple[int, int]]:

@@ -111,6 +111,7 @@ def test_a_profile_has_a_fingerprint_of_its_own(root):
     lambda root: edit(root, "alr/__init__.py", '"""A library."""\n', ""),
     lambda root: edit(root, "alr/integrations/trainer.py", "import alr", "import alr\nprint(1)"),       # nobody imports it
     lambda root: write(root, "data/cache/corpus.txt", "other words"),
+    lambda root: write(root, "data/runs/method/.running-b/log.jsonl", "{}"),                 # of a sweep that is at work
     lambda root: edit(root, "constraints.txt", "# pins", "# all pins"),
     lambda root: edit(root, "notebooks/02_other.ipynb", "words", "other words"),
     lambda root: edit(root, CHAPTER, '"execution_count": 2', '"execution_count": 5'),
