@@ -78,8 +78,8 @@ def summary(request):
     """The last line: how many cases there were of each kind."""
     yield
     kinds = ", ".join(f"{name} {count:,}" for name, count in COUNTS.items())
-    terminal = request.config.pluginmanager.get_plugin("terminalreporter")
-    terminal.write_line(f"\nfuzz, seed {SEED}: {sum(COUNTS.values()):,} cases ({kinds})")
+    with request.config.pluginmanager.get_plugin("capturemanager").global_and_fixture_disabled():
+        print(f"\nfuzz, seed {SEED}: {sum(COUNTS.values()):,} cases ({kinds})")
 
 
 def cases(name: str, least: int = 5) -> Iterator[random.Random]:
