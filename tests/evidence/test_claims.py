@@ -371,7 +371,7 @@ def test_diff_reads_the_old_figures_from_git(project, capsys):
     assert main(["--diff", "v9", *options]) == 1 and "no claims.json at 'v9'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("revision", ["--output=x", "-h", "--", "--ext-diff"])
+@pytest.mark.parametrize("revision", ["--output=x", "-h", "--ext-diff"])
 def test_a_revision_is_no_option_of_git(project, capsys, revision):
     folder, options = project
     main(options)
