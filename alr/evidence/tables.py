@@ -17,7 +17,7 @@ import pandas as pd
 from .markup import DASH, Html, tag
 
 WORDS = {                               # columns of the records -> what a reader calls them
-    "val_loss": "validation loss (nats)", "val_loss_low": "from", "val_loss_high": "to", "test_loss": "test loss (nats)",
+    "val_loss": "validation loss (nats)", "test_loss": "test loss (nats)",
     "train_loss": "training loss (nats)", "val_bpb": "bits per byte", "val_ppl": "perplexity", "n": "seeds",
     "params_blocks": "parameters in the blocks", "params_total": "parameters", "params_embedding": "in the embedding",
     "params_head": "in the head", "rank_mean": "mean rank", "rank_avg": "mean rank", "rank_min": "least rank",
@@ -30,7 +30,8 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 
 def _word(column: object, names: Mapping[str, str]) -> str:
     name = str(column)
-    return names.get(name) or WORDS.get(name) or name.replace("_", " ")
+    ends = {"_low": "from", "_high": "to"}                      # the two ends of the interval beside it
+    return names.get(name) or WORDS.get(name) or next((w for e, w in ends.items() if name.endswith(e)), name.replace("_", " "))
 
 
 def _cell(value: object, digits: int) -> Html:
@@ -71,9 +72,11 @@ def table(frame: pd.DataFrame, names: Mapping[str, str] | None = None, digits: i
 
 
 def decimals(column: pd.Series, most: int = 3) -> int:
-    """How many decimals a column has, `most` at most: what a frame was rounded to is how it is shown."""
-    numbers_ = [float(x) for x in column if isinstance(x, numbers.Real) and pd.notna(x)]
-    return next((d for d in range(most) if all(round(x, d) == round(x, most) for x in numbers_)), most)
+    """How many decimals a column is shown with: what it was rounded to, `most` at most, one above 1,000, none above 10,000."""
+    found = [float(x) for x in column if isinstance(x, numbers.Real) and pd.notna(x)]
+    largest = max((abs(x) for x in found), default=0.0)
+    most = min(most, 0 if largest >= 1e4 else 1 if largest >= 1e3 else most)
+    return next((d for d in range(most) if all(round(x, d) == round(x, most) for x in found)), most)
 
 
 def framed(frame: pd.DataFrame) -> Html:
