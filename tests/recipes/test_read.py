@@ -247,8 +247,10 @@ def checkpoint_of(folder, state, sealed):
 @pytest.mark.parametrize("sealed, says", [(True, "cannot be read"), (False, "no checkpoint of this program")])
 def test_a_checkpoint_whose_recipe_is_code_runs_nothing(canary, sealed, says):
     from alr.lab import Config
-    from alr.lab.run import load
-    checkpoint_of(canary, {"config": Config().describe(), "recipe": HOSTILE, "fingerprint": "0"}, sealed)
+    from alr.lab.run import STATE, load
+    empty = {key: torch.zeros(()) if kind is torch.Tensor else None if kind == float | None else kind()
+             for key, kind in STATE.items()}
+    checkpoint_of(canary, empty | {"config": Config().describe(), "recipe": HOSTILE}, sealed)
     with pytest.raises(ValueError, match=says):
         load(canary)
 
@@ -258,7 +260,7 @@ class Code:
         return eval, ("open('CANARY', 'w')",)
 
 
-@pytest.mark.parametrize("sealed, says", [(True, "cannot be read"), (False, "no checkpoint of this program")])
+@pytest.mark.parametrize("sealed, says", [(True, "could run code and is not read"), (False, "no checkpoint of this program")])
 def test_a_checkpoint_that_is_a_pickle_of_code_runs_nothing(canary, sealed, says):
     from alr.lab.run import load
     checkpoint_of(canary, {"config": {}, "recipe": Code()}, sealed)
