@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -170,6 +171,34 @@ def test_verify_repeats_a_record_and_notices_a_changed_one(make):
         path.write_text(text.replace(f'"val_loss": {end["val_loss"]}', '"val_loss": 1.155'), encoding="utf-8")
     with pytest.raises(ValueError, match="digest"):
         sweep.verify(suite, root, seed=0)
+
+
+def test_verify_takes_recipes_by_value():
+    now = repr(alr.recipes.v10)
+    assert ", always=False" in now and sweep.agrees("paced", now.replace(", always=False", ""), now)
+    assert not sweep.agrees("paced", now.replace("always=False", "always=True"), now)
+    assert not sweep.agrees("recipe", now.replace("rank=64", "rank=32"), now)
+    assert not sweep.agrees("about", "a", "b") and sweep.agrees("step", 3, 3)
+
+
+@pytest.mark.parametrize("factor, says", [(1 + 1e-7, "differs first in rounding .grad_norm in line step"),
+                                          (1.01, "on the same kind of machine")])
+def test_verify_tells_rounding_from_a_difference(make, monkeypatch, factor, says):
+    suite, root = make()
+    sweep.sweep(suite, data=root)
+    honest = sweep.run
+    def again(*args, **kwargs):
+        out = []
+        for text in honest(*args, **kwargs):
+            line = json.loads(text)
+            out.append(json.dumps(line | {"grad_norm": line["grad_norm"] * factor} if "grad_norm" in line else line))
+        return out
+    monkeypatch.setattr(sweep, "run", again)
+    try:
+        said = sweep.verify(suite, root, seed=0)
+    except RuntimeError as error:
+        said = str(error)
+    assert re.search(says, said)
 
 
 @pytest.mark.parametrize("body, words", [
