@@ -10,12 +10,13 @@ import shutil
 import sys
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageChops
 
 from offline import Assets, pages
 
 MATHJAX = ("startup.js", "core.js", "input/tex.js", "input/tex/extensions/", "output/chtml.js", "output/chtml/fonts/",
            "a11y/assistive-mml.js")             # what _config.yml's mathjax3_config loads, and what that loads in turn
+SEEN = 32                                       # of 255: a shade that an eye takes for the same at a line's edge
 HEAVIEST = 2_500_000                            # bytes that a page may load, itself included, nothing compressed
 
 ICON = re.compile(r'("?)([a-z0-9-]+)\1:\[\d+,\d+,\[([^\]]*)\],"[0-9a-f]*",(?:"[^"]*"|\[[^\]]*\])\],?')
@@ -59,12 +60,20 @@ def fewer_mathjax(folder: Path) -> None:
 
 
 def fewer_colours(path: Path) -> None:
-    """A PNG in a palette of its 256 main colours, a third of the size.  One with transparent parts stays as it is."""
+    """A PNG in a palette of its main colours, a third of the size or less.  One with transparent parts stays as it is.
+
+    64 colours, where no part of any pixel moves by more than SEEN; else 256.
+    """
     with Image.open(path) as picture:
         if picture.mode == "P" or "A" in picture.mode and picture.getchannel("A").getextrema()[0] < 255:
             return
-        small = picture.convert("RGB").quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
-        small.save(path, dpi=picture.info.get("dpi", (96, 96)))
+        full = picture.convert("RGB")
+        for colours in (64, 256):
+            small = full.quantize(colours, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+            moved = max(high for _, high in ImageChops.difference(small.convert("RGB"), full).getextrema())
+            if moved <= SEEN:
+                break
+        small.save(path, dpi=picture.info.get("dpi", (96, 96)), optimize=True)
 
 
 def loads(path: Path) -> list[Path]:
