@@ -39,6 +39,7 @@ from ..lab.optimizers import read_by
 from ..lab.run import adjust, check_ranks, find_corpus, fits_memory
 from ..lab.stop import listen
 from ..recipes import parse
+from . import archive
 from .paths import DATA
 from .records import run_and_end, thin, verify_digest
 from .suite import Job, Suite, load
@@ -347,12 +348,18 @@ def verify(suite: Suite, data: Path = DATA, seed: int | None = None, tolerance: 
     `tolerance` nats of validation loss on another one, or where the first difference is one of rounding (ours: float
     sums in another order, then 10^3 steps).
 
+    Records of arms that data/archive.toml names are left out: today's code does not repeat them, and it says why.
     Returns what was compared; RuntimeError when it differs.
     """
-    there = [job for job in suite.jobs(data) + suite.tuning_jobs() if job.path(data).exists()]
-    if not there:
+    earlier = archive.arms(suite.name, data / archive.ARCHIVE.name)
+    made = [job for job in suite.jobs(data) + suite.tuning_jobs() if job.path(data).exists()]
+    there = [job for job in made if job.arm.name not in earlier]
+    if not made:
         raise RuntimeError(f"verify {suite.name}: there is no record yet; run python -m alr.sweep "
                            f"data/suites/{suite.name}.toml")
+    if not there:
+        raise RuntimeError(f"verify {suite.name}: all of its records were made by code that has changed since "
+                           f"(data/{archive.ARCHIVE.name}); today's would not repeat them.")
     job = random.Random(seed).choice(there)
     old = [json.loads(line) for line in verify_digest(job.path(data))]
     with tempfile.TemporaryDirectory() as folder:

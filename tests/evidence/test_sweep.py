@@ -173,6 +173,17 @@ def test_verify_repeats_a_record_and_notices_a_changed_one(make):
         sweep.verify(suite, root, seed=0)
 
 
+def test_verify_leaves_records_of_earlier_code_alone(make):
+    suite, root = make()
+    sweep.sweep(suite, data=root)
+    entry = '[[earlier]]\nsuite = "toy"\narms = ["{}"]\nsince = 2026-01-01\nwhy = "a test"\n'
+    (root / "archive.toml").write_text(entry.format(suite.arms[0].name), encoding="utf-8")
+    assert all(sweep.verify(suite, root, seed=k).startswith(suite.arms[1].name) for k in range(3))
+    (root / "archive.toml").write_text("".join(entry.format(arm.name) for arm in suite.arms), encoding="utf-8")
+    with pytest.raises(RuntimeError, match="all of its records were made by code that has changed"):
+        sweep.verify(suite, root, seed=0)
+
+
 def test_verify_takes_recipes_by_value():
     now = repr(alr.recipes.v10)
     assert ", always=False" in now and sweep.agrees("paced", now.replace(", always=False", ""), now)
