@@ -228,6 +228,8 @@ def problems(nb) -> list[str]:
             printed = [output.get("text", ""), data.get("text/plain", ""), data.get("text/html", "")]
             texts += printed
             found += [f"cell {i} prints an object's address{hit[0]}" for t in printed for hit in ADDRESS.finditer(t)]
+            if "image/png" in data and not cell.metadata.get("mystnb", {}).get("image", {}).get("alt"):
+                found.append(f"cell {i} shows a picture without a text for those who do not see it (mystnb: image: alt)")
         found += [f"cell {i} names a path of one machine: {hit[0]}" for t in texts for hit in MACHINE.finditer(t)]
     notes = [key for cell in nb.cells for key in ("papermill", "execution") if key in cell.metadata]
     if notes or "papermill" in nb.metadata:
@@ -262,6 +264,7 @@ def prints(nb, text):
     (lambda nb: nb.cells[2].update(source='open("/tmp/x")'), "/tmp/x"),
     (lambda nb: prints(nb, "<Line2D at 0x7f3a12345678>"), "address"),
     (lambda nb: nb.metadata.update(papermill={"duration": 3}), "metadata"),
+    (lambda nb: nb.cells[2].outputs.append(new_output("display_data", {"image/png": "iVBORw0KGgo="})), "picture without a text"),
 ])
 def test_a_spoilt_notebook_is_noticed(spoil, word):
     nb = good()
