@@ -264,7 +264,7 @@ def prints(nb, text):
     (lambda nb: nb.cells[2].update(source='open("/tmp/x")'), "/tmp/x"),
     (lambda nb: prints(nb, "<Line2D at 0x7f3a12345678>"), "address"),
     (lambda nb: nb.metadata.update(papermill={"duration": 3}), "metadata"),
-    (lambda nb: nb.cells[2].outputs.append(new_output("display_data", {"image/png": "iVBORw0KGgo="})), "picture without a text"),
+    (lambda nb: nb.cells[2].outputs.append(new_output("display_data", {"image/png": "iVBORw0="})), "picture without a text"),
 ])
 def test_a_spoilt_notebook_is_noticed(spoil, word):
     nb = good()
