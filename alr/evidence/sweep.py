@@ -234,7 +234,7 @@ def waves(suite: Suite, jobs: int, data: Path, limit: int | None, only: Sequence
                     failed[job.name] = error
             todo = plan(suite, data, only)
     made = tried - len(failed.keys() - todo.broken.keys())
-    said = [f"{name}: {why}" for name, why in failed.items()]
+    said = [f"{name}: {why}" for name, why in sorted(failed.items())]             # not in the order in which they ended
     if todo.later and limit is None:
         said.append(", ".join(sorted({job.arm.name for job in todo.later})) + " wait for ranks of an arm that has no record.")
     if said:
