@@ -69,7 +69,7 @@ runs: env ## record a suite of runs: make runs SUITE=evolution (ARGS=--dry-run s
 	@if [ ! -f "data/suites/$(SUITE).toml" ]; then \
 	    echo "make runs SUITE=NAME, where NAME is one of:"; ls data/suites 2>/dev/null | sed -n 's/\.toml$$//p'; exit 2; \
 	fi
-	@$(PY) -m alr.sweep "data/suites/$(SUITE).toml" $(if $(filter command line,$(origin ARGS)),$(ARGS))
+	@$(PY) -m alr.sweep "data/suites/$(SUITE).toml" $(MORE)
 
 claims: env ## recompute every claim of the book from the recorded runs into data/claims.json
 	@$(PY) -m alr.claims
@@ -97,10 +97,10 @@ lab: env ## open the notebooks in JupyterLab (installed on the first call, pinne
 	@if [ "$$(id -u)" = 0 ]; then set -- --allow-root; else set --; fi; $(PY) -m jupyterlab "$$@" notebooks
 
 lint: env ## ruff over alr/, book/ and tests/ (ARGS=--fix mends what is safe to mend)
-	@$(PY) -m ruff check $(if $(filter command line,$(origin ARGS)),$(ARGS)) alr book tests
+	@$(PY) -m ruff check $(MORE) alr book tests
 
 fuzz: env ## odd flags, texts, recipes, suites, records, checkpoints; kills (ARGS=600: seconds a kind; FUZZ_KILLS=100: at least)
-	@FUZZ_SECONDS="$(if $(filter command line,$(origin ARGS)),$(ARGS),120)" FUZZ_SEED="$$(date +%s)" TQDM_DISABLE=1 \
+	@FUZZ_SECONDS="$(or $(MORE),120)" FUZZ_SEED="$$(date +%s)" TQDM_DISABLE=1 \
 	    $(PY) -m pytest tests/test_fuzz.py
 
 bench: env ## time the resizes, the rank checks and the layer against their references (pytest-benchmark)

@@ -25,6 +25,7 @@ from alr.lab.command import main
 from alr.lab.log import provenance
 from alr.recipes import ALL
 
+from bits import same
 from synthetic import log, write
 
 SECONDS, SEED = float(os.environ.get("FUZZ_SECONDS", 5)), int(os.environ.get("FUZZ_SEED", 0))
@@ -232,17 +233,6 @@ def left(folder) -> dict:
     timeless = [{k: v for k, v in line.items() if k not in sweep.NOT_COMPARED} for line in log]
     return {**{k: v for k, v in state.items() if k not in ("seconds", "spent", "resumed")}, "log": timeless,
             "adapter": {k: v for k, v in state["adapter"].items() if k != "seconds"}}
-
-
-def same(a, b) -> bool:
-    """Are two nests of tensors and plain values equal to the bit?"""
-    if isinstance(a, torch.Tensor):
-        return isinstance(b, torch.Tensor) and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
 
 
 def saved(folder) -> int:

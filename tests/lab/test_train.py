@@ -25,6 +25,8 @@ from alr.lab.data import corpus
 from alr.lab.model import GPT, GPTConfig, count_parameters
 from alr.lab.processes import Workers
 
+from bits import same
+
 # one rank less in every step
 QUICK = 'replace({0}, every=50, cap="min", control=each({0}.control, safety=0.4, ema=0.0, max_step=1){1})'
 SHRINK = "replace(alr, every=50, control=Budget(share=0.05, begin=0.1, end=1.2, min_rank=1){0})"
@@ -53,17 +55,6 @@ def lines(path) -> list[str]:
 
 def timeless(run: Run) -> list[dict]:
     return [{k: v for k, v in line.items() if k not in TIMES} for line in run.log]
-
-
-def same(a, b) -> bool:
-    """Are two nests of tensors and plain values equal to the bit?"""
-    if isinstance(a, torch.Tensor):
-        return isinstance(b, torch.Tensor) and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
 
 
 def state(run: Run) -> dict:
