@@ -6,6 +6,7 @@ m x n layer costs m + n parameters.
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -128,6 +129,40 @@ def share_out(ranks, targets, signal, room, least, caps, multiple=1, per_paramet
     for i, k in zip(live, got, strict=True):
         wanted[i] = k
     return wanted
+
+
+@dataclass(frozen=True)
+class Proportional(Control):
+    """One cut: at the first decision from progress `at` on, every layer gets a rank in proportion to its estimate.
+
+    The factor is the largest at which all layers together hold at most `share` of the dense layers' parameters; no layer
+    grows by it, and every layer keeps `min_rank` directions.  Cuttlefish (Wang and others 2023) cuts so, by `ScaledStableRank`,
+    but that its factor is 1, and the size what comes of it.  It needs the length of the run.
+    """
+
+    share: Part = 1 / 6                 # as Budget's
+    at: Share = 0.3                     # of the run (ours; Cuttlefish: when the estimates have settled)
+    min_rank: Count = 4
+    needs_total_steps = True
+
+    def init(self, ranks):
+        return False                                                # has it cut?
+
+    def finished(self, ranks, memory, signal):
+        return memory
+
+    def step(self, ranks, targets, memory, signal):
+        if memory or signal.progress < self.at:
+            return list(ranks), memory
+        held = signal.held or [False] * len(ranks)
+        room = self.share * sum(m * n for m, n in signal.shapes)
+        def at_factor(factor):
+            return [r if h else min(max(int(factor * t), self.min_rank), r)
+                    for r, t, h in zip(ranks, targets, held, strict=True)]
+        # the ranks change only where factor * target is whole: the largest such factor that fits
+        steps = sorted({f for r, t in zip(ranks, targets) for k in range(1, r + 1) if t > 0 and math.isfinite(f := k / t)})
+        fit = bisect.bisect_right(steps, room, key=lambda f: size(at_factor(f * (1 + 1e-12)), signal.shapes))
+        return at_factor(steps[fit - 1] * (1 + 1e-12) if fit else 0.0), True
 
 
 @dataclass(frozen=True)

@@ -228,3 +228,17 @@ class LossSpectrum(Estimate):
         if layer.U.grad is None:
             raise RuntimeError("LossSpectrum: the layer has no gradient; call adapter.step() before gradients are zeroed.")
         return tuple(loss_lost(layer.U, layer.V, layer.U.grad).sort(descending=True).values.tolist())
+
+
+@dataclass(frozen=True)
+class Place(Estimate):
+    """Importance by place alone: the j-th direction of every layer counts 1 / j, whatever is in it.
+
+    With `Budget(per_parameter=False)` all layers then have one rank, their caps permitting, and follow the same schedule:
+    what a budget gains by sharing unequally is the difference to this.
+    """
+
+    gives = "spectrum"
+
+    def __call__(self, layer, seen=None) -> tuple[float, ...]:
+        return tuple(1 / j for j in range(1, layer.rank + 1))

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
-from .. import truncation  # noqa: F401  # its value is part of the vocabulary, as those of the history below
+from .. import sensitivity, truncation  # noqa: F401  # their values are part of the vocabulary, as those of the history below
 from ..adapt import Recipe
 from ..axes import VALUES, each
 from ..history import control, estimate, grouping, op, resize  # noqa: F401  # their values are part of the vocabulary
