@@ -1,4 +1,4 @@
-"""Run, check and refresh the notebooks: python book/notebooks.py run | check | refresh | stale [NAME ...] [--profile cpu].
+"""Run, check and refresh the notebooks: python book/notebooks.py run | check | refresh | stale | times [NAME ...] [--profile cpu].
 
 run      papermill into _build/run/PROFILE/. At the committed profile, a notebook whose stored outputs come from today's
          inputs (stale.py: its cells, the code and the data that they use, the pins) is not run: its outputs are taken as
@@ -9,6 +9,7 @@ check    nbval on notebooks/ as committed, one pytest run a notebook. What has p
 refresh  papermill in place, of those notebooks that are stale (--all: of every one), or of those named; then what differs
          between two equal runs is taken out: refreshing twice gives no diff. The inputs are written into the notebook.
 stale    lists the notebooks whose stored outputs come from other inputs than today's, and which inputs changed.
+times    run at a profile, every one, and how long each took into book/profiles.json, which the book shows.
 
 All run a notebook with notebooks/ as its working folder, as JupyterLab does. Several notebooks run at a time, each in a
 process of its own with one thread (--jobs; one per core, at most eight, if not said), the heaviest first. One thread
@@ -23,6 +24,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
@@ -39,6 +41,7 @@ ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = ROOT / "notebooks"
 BUILD = ROOT / "_build"
 
+PROFILES = ROOT / "book" / "profiles.json"
 README_FIGURE = "fig-v10-map"
 KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
 
@@ -267,6 +270,30 @@ def stale(notebooks: list[Path]) -> list[Path]:
     return list(found)
 
 
+def times(notebooks: list[Path], profile: str, jobs: int = 1) -> None:
+    """Run at a profile from end to end; each that did is written into PROFILES, with its CPU seconds, the day, the machine.
+
+    A notebook that fails there leaves no time, and the exit code is 1 as in `run`.
+    """
+    from alr.lab.device import pick_device, processor       # torch takes seconds: not for the other actions
+    checkout, folder, machine = Checkout(ROOT), run_folder(profile), processor(pick_device("auto"))
+
+    def work(notebook):
+        done, said = by_papermill(notebook, folder / notebook.name, profile, checkout)
+        if done:
+            with writing:
+                known = read_json(PROFILES) if PROFILES.exists() else {}
+                seconds = stamp(folder / notebook.name)["seconds"]
+                known.setdefault(profile, {})[notebook.stem] = {
+                    "seconds": seconds, "day": time.strftime("%Y-%m-%d"), "processor": machine}
+                PROFILES.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n", encoding="utf8")
+        return done, said
+
+    writing = threading.Lock()
+    folder.mkdir(parents=True, exist_ok=True)
+    each(notebooks, f"timing at {profile}:", jobs, work, durations(notebooks, profile))
+
+
 def clean(nb: nbformat.NotebookNode) -> nbformat.NotebookNode:
     """Take out, in place, what differs between two equal runs: times, papermill's notes, versions, cuts in a stream."""
     nb.metadata.pop("papermill", None)
@@ -326,11 +353,11 @@ def picture(nb: nbformat.NotebookNode) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=["run", "check", "refresh", "stale", "execute"],
+    parser.add_argument("action", choices=["run", "check", "refresh", "stale", "times", "execute"],
                         help="execute: one notebook, for the others")
     parser.add_argument("names", nargs="*", metavar="NAME", help="notebooks, by name; all of them if none is given")
     parser.add_argument("--profile", default="", choices=["", "ci", "cpu", "full"],
-                        help="for run: cpu or full; as committed if not said")
+                        help="for run and times: cpu or full; as committed if not said")
     parser.add_argument("--all", action="store_true", help="also those that are as committed, have passed, are not stale")
     parser.add_argument("--jobs", type=int, default=min(8, cores()), help="notebooks at a time")
     args = parser.parse_args()
@@ -355,6 +382,10 @@ def main() -> None:
         run(notebooks, args.profile, args.jobs, args.all)
     elif args.action == "check":
         check(notebooks, args.jobs, args.all)
+    elif args.action == "times":
+        if not args.profile:
+            parser.error("times needs a --profile: cpu or full.")
+        times(notebooks, args.profile, args.jobs)
     elif args.action == "refresh":
         refresh(notebooks if args.all or args.names else stale(notebooks), args.jobs)
     elif not stale(notebooks):
