@@ -43,7 +43,7 @@ from .init import Spectral
 from .linear import LowRankLinear, Where, dense_weight, factorize_, low_rank_layers, picks, refuse_wrapped, successor, unwrapped
 from .observe import PER, Observer, Seen, grams, to_host
 from .resize import SvdCore
-from .state import Move, Plan, Swap, Transport, place_of
+from .state import Move, Plan, Swap, Transport, holder, place_of
 
 UNSEEN = 10                             # optimizer steps without adapter.step() before we say so (ours)
 
@@ -330,7 +330,7 @@ class RankAdapter:
         if not self.recipe.resize.momentum:
             return
         for name, layer in self.layers.items():
-            optimizer = (place_of(self.optimizers, layer.U) or [None])[0]
+            optimizer = holder(self.optimizers, layer.U)
             if name not in self.frozen and not keeps_tangent(optimizer):
                 rule = f" with rule={optimizer.rule!r}" if hasattr(optimizer, "rule") else ""
                 raise TypeError(f"RankAdapter: {self.recipe.resize!r} reads the momentum of W as a tangent vector, and "
@@ -572,7 +572,7 @@ class RankAdapter:
             events.append(Resize(self.steps, name, U.shape[1], U2.shape[1], targets.get(name, float(U2.shape[1])), error))
             swaps.append(Swap(U, V, successor(U, U2), successor(V, V2), mix))
         told = [swap for name, swap in zip(made, swaps) if name not in self.stale and
-                (name not in self.frozen or place_of(self.optimizers, swap.U) is not None)]
+                (name not in self.frozen or holder(self.optimizers, swap.U) is not None)]
         plan = self._plan(told)
         for name, swap in zip(made, swaps):                                     # from here on nothing can fail
             layer = self.layers[name]
@@ -586,7 +586,7 @@ class RankAdapter:
     def _check_off(self, names: list[str]) -> None:
         """ValueError for layers that go to rank 0 under an optimizer whose steps divide by the rank."""
         for name in names:
-            optimizer = (place_of(self.optimizers, self.layers[name].U) or [None])[0]
+            optimizer = holder(self.optimizers, self.layers[name].U)
             if type(optimizer) is getattr(torch.optim, "Muon", None):
                 raise ValueError(f"RankAdapter: rank 0 asked of {name!r}, which torch.optim.Muon steps; it cannot step empty "
                                  "factors. Take alr.PairOptimizer(model), or a controller with min_rank=1 or more.")
@@ -736,7 +736,7 @@ def adopt(optimizers: Sequence[Optimizer], known: dict[str, tuple[nn.Parameter, 
     for name, pair in known.items():
         for old, new in zip(pair, (layers[name].U, layers[name].V)):
             found = None if old is new else place_of(optimizers, old)
-            if found is not None and place_of(optimizers, new) is None:
+            if found is not None and holder(optimizers, new) is None:
                 state = found[0].state.get(old, {})
                 fits = all(not isinstance(x, torch.Tensor) or x.dim() == 0 or x.shape == new.shape or
                            (x.dim() == 1 and len(x) in new.shape) for x in state.values())

@@ -69,6 +69,12 @@ def place_of(optimizers: Sequence[Optimizer], p: nn.Parameter) -> tuple[Optimize
     return None
 
 
+def holder(optimizers: Sequence[Optimizer], p: nn.Parameter) -> Optimizer | None:
+    """The optimizer that steps a Parameter; None where nobody holds it."""
+    found = place_of(optimizers, p)
+    return None if found is None else found[0]
+
+
 def moves(optimizers: Sequence[Optimizer], swaps: Sequence[Swap]) -> list[tuple[Swap, str, Move]]:
     """Both Parameters of every swap, as (swap, "U" or "V", Move with the old state).
 

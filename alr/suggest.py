@@ -95,8 +95,8 @@ def suggest_ranks(model: nn.Module, batches: Iterable[Any], share: float,
     A layer that no batch reaches stays as it is, as if `where` had left it out; a warning names it.
     Cost: a copy of the model, one forward and backward per batch, and the SVD of every weight.
 
-    ValueError: fewer than two batches; a share that is no share; no linear layer; a loss that is not finite,
-    or that reaches none of the layers.
+    ValueError: fewer than two batches; a share that is no share; a min_rank or multiple below 1; no linear layer; a loss
+    that is not finite, or that reaches none of the layers.
 
         >>> _ = torch.manual_seed(0)
         >>> model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
@@ -112,6 +112,9 @@ def suggest_ranks(model: nn.Module, batches: Iterable[Any], share: float,
                          "what the loss feels of them.")
     if isinstance(share, bool) or not isinstance(share, float) or not 0 < share <= 1:
         raise ValueError(f"suggest_ranks: share is {share!r}; wanted a float above 0 and at most 1, such as 0.5.")
+    for word, value in (("min_rank", min_rank), ("multiple", multiple)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:      # rank 0 is a layer to leave out by hand
+            raise ValueError(f"suggest_ranks: {word} is {value!r}; wanted a whole number of at least 1.")
     names = [name for name in dense_layers(inner) if picks(where, name)]
     whole = copy.deepcopy(inner)
     factorize_(whole, {name: min(dense_weight(mod).shape) for name, mod in dense_layers(whole).items() if name in names}

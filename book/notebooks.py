@@ -1,4 +1,4 @@
-"""Run, check and refresh the notebooks: python book/notebooks.py run | check | refresh | stale | times [NAME ...] [--profile cpu].
+"""Run, check and refresh the notebooks: python book/notebooks.py run | check | refresh | stale | times [NAME ...].
 
 run      papermill into _build/run/PROFILE/. At the committed profile, a notebook whose stored outputs come from today's
          inputs (stale.py: its cells, the code and the data that they use, the pins) is not run: its outputs are taken as
@@ -275,14 +275,14 @@ def times(notebooks: list[Path], profile: str, jobs: int = 1) -> None:
 
     A notebook that fails there leaves no time, and the exit code is 1 as in `run`.
     """
-    from alr.lab.device import pick_device, processor       # torch takes seconds: not for the other actions
+    from alr.lab.device import pick_device, processor  # torch takes seconds: not for the other actions
     checkout, folder, machine = Checkout(ROOT), run_folder(profile), processor(pick_device("auto"))
 
     def work(notebook):
         done, said = by_papermill(notebook, folder / notebook.name, profile, checkout)
         if done:
             with writing:
-                known = read_json(PROFILES) if PROFILES.exists() else {}
+                known = json.loads(PROFILES.read_text(encoding="utf8")) if PROFILES.exists() else {}
                 seconds = stamp(folder / notebook.name)["seconds"]
                 known.setdefault(profile, {})[notebook.stem] = {
                     "seconds": seconds, "day": time.strftime("%Y-%m-%d"), "processor": machine}

@@ -394,6 +394,13 @@ def test_no_rank_is_suggested_for_a_layer_that_the_loss_does_not_go_through():
         alr.suggest_ranks(Bypassed(), [batch(i) for i in range(4)], share=0.5, where="b")
 
 
+@pytest.mark.parametrize("word, value", [("min_rank", 0), ("min_rank", 1.0), ("multiple", 0), ("multiple", True)])
+def test_no_rank_is_suggested_that_factorize_would_refuse(word, value):
+    model = Bypassed()
+    with refused(ValueError, f"suggest_ranks: {word} is {value!r}; wanted a whole number of at least 1", model):
+        alr.suggest_ranks(model, [batch(0), batch(1)], share=0.5, **{word: value})
+
+
 def test_a_suggested_start_is_of_the_weights_that_were_seen():
     model = dense()
     found = alr.suggest_ranks(model, [batch(i) for i in range(4)], share=0.5)
