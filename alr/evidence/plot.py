@@ -299,17 +299,18 @@ def pareto(ends: pd.DataFrame, x: str = "params_blocks", y: str = "val_loss", ti
 # ---------------------------------------------------------------------------------------------------- claims
 
 @drawn
-def forest(claims: Mapping[str, dict], title: str = "") -> Figure:
+def forest(claims: Mapping[str, dict], title: str = "", keys: bool = False) -> Figure:
     """The entries of claims.json: value, interval, what the rule allows (shaded, to its threshold), verdict by name.
 
-    One panel for means, differences or ratios of each unit.  A claim without records keeps its row.
+    One panel for means, differences or ratios of each unit.  A claim without records keeps its row.  keys: rows are named by
+    their keys in the register, where their sentences stand in a table beside the picture.
     """
     if not claims:
         raise ValueError("plot: no claims to draw.")
     panels: dict[str, list] = {}
     for k, c in claims.items():
         panels.setdefault(f"{c['kind']} ({c['unit']})", []).append((k, c))
-    text = {k: textwrap.fill(c["text"], 46) for k, c in claims.items()}
+    text = {k: k if keys else textwrap.fill(c["text"], 46) for k, c in claims.items()}
     heights = [sum(0.35 + 0.16 * text[k].count("\n") + 0.12 for k, _ in rows) + 0.5 for rows in panels.values()]
     fig, axes = plt.subplots(len(panels), 1, figsize=(9.6, sum(heights) + 0.4), squeeze=False, height_ratios=heights)
     for ax, (name, rows) in zip(axes[:, 0], panels.items()):

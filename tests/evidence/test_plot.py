@@ -138,6 +138,9 @@ def test_a_forest_says_every_verdict_and_value():
     assert "−0.080 [−0.120, −0.050]\nholds" in words and len(fig.axes) == 3
     colours = {t.get_text().split("\n")[-1]: t.get_color() for ax in fig.axes for t in ax.texts}
     assert colours == {word: VERDICTS[word][0] for word in colours} and set(colours) == set(VERDICTS)
+    for keys, label in ((False, lambda k: CLAIMS[k]["text"]), (True, lambda k: k)):
+        rows = [t.get_text().replace("\n", " ") for ax in plot.forest(CLAIMS, keys=keys).axes for t in ax.get_yticklabels()]
+        assert sorted(rows) == sorted(map(label, CLAIMS))
 
 
 def test_words_can_be_read_and_lines_be_seen():
