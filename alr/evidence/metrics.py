@@ -107,6 +107,25 @@ def over_median(run: Runs, suite: Runs, others: list[str], metric: str = "test_l
     return _own(run, metric) - float(pd.Series([_of(ends, others, arm, seed, metric) for arm in others]).median(skipna=False))
 
 
+def across(run: Runs, suite: Runs, predictor: str) -> float:
+    """Does a prediction order the layers of a run as their cuts do?  Spearman's correlation with the rise of the loss, over
+    layers cut to one rank, averaged over the ranks.  "Fisher importance" predicts the Fisher cut, all others the SVD's."""
+    damage = "damage_fisher" if predictor == "Fisher importance" else "damage"
+    return float(pd.Series([cut[[predictor, damage]].corr(method="spearman").iloc[0, 1]
+                            for _, cut in run.cuts.groupby("k")]).mean())
+
+
+def across_lead(run: Runs, suite: Runs, predictor: str, other: str) -> float:
+    """By how much one prediction orders the layers better than another (`across`)."""
+    return across(run, suite, predictor) - across(run, suite, other)
+
+
+def fisher_damage(run: Runs, suite: Runs, least: float = 1e-4) -> float:
+    """The rise of the loss after a Fisher cut over that after the SVD's, the median of cuts whose SVD does `least` or more."""
+    cuts = run.cuts[run.cuts["damage"] > least]
+    return float((cuts["damage_fisher"] / cuts["damage"]).median())
+
+
 def _seed(run: Runs) -> int:
     return int(run.ends["seed"].iloc[0])
 
@@ -125,4 +144,4 @@ def _of(ends: pd.DataFrame, others: list[str], arm: str, seed: int, metric: str)
 
 METRICS = {f.__name__: f for f in (steps_to_loss, seconds_to_loss, best_val_loss, val_loss_at, role_rank, role_gap,
                                    mean_rank_at, shrink_after_drop, lowest_of_suite, growth_moves,
-                                   adaptation_share, over_best, over_median)}
+                                   adaptation_share, over_best, over_median, across, across_lead, fisher_damage)}

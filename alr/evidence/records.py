@@ -1,7 +1,7 @@
 """Recorded runs: JSONL logs in, tidy tables out.  No torch: a record outlives the machine that made it.
 
     r = runs("evolution")                   # every data/runs/evolution/*.jsonl, each checked against its digest
-    r.ends, r.curves, r.steps, r.ranks, r.resizes, r.provenance
+    r.ends, r.curves, r.steps, r.ranks, r.resizes, r.cuts, r.provenance
     leaderboard(r.ends)                     # one row per arm
 
 A log is a `run` line (provenance), then `step`, `resize` and `epoch` lines, last an `end` line, whose digest is the
@@ -31,6 +31,7 @@ COLUMNS = {                                             # what a table has even 
     "steps": ["step", "loss", "lr", "grad_norm", "tokens_per_s"],
     "ranks": ["epoch", "step", "layer", "role", "rank"],
     "resizes": ["step", "layer", "old", "new", "target", "error"],
+    "cuts": ["layer", "k", "damage", "damage_fisher"],
     "ends": ["lr", "step", "train_loss", "val_loss", "val_bpb", "params_blocks", "seconds", "flops"],
     "provenance": ["recipe", "commit", "dirty", "torch", "device", "command", "started"],
 }
@@ -170,6 +171,7 @@ class Runs:
     steps: pd.DataFrame                 # a row per logged step: the loss of its batch, learning rate, gradient norm
     ranks: pd.DataFrame                 # a row per epoch and layer, in module order
     resizes: pd.DataFrame               # a row per rank change
+    cuts: pd.DataFrame                  # a row per cut of a trial: what was predicted, and the rise of the loss
     ends: pd.DataFrame                  # a row per finished run: whole-split losses, params_*, seconds, flops, rank_*
     provenance: pd.DataFrame            # a row per run: the `run` line, nested keys with dots (config.lr, corpus.name)
 
@@ -242,6 +244,7 @@ def tables(logs: dict[str, list[dict]], suite: str) -> Runs:
                               for layer, r in zip(names, ranks, strict=True)]
         rows["steps"] += [key | s for s in kinds.get("step", [])]
         rows["resizes"] += [key | s for s in kinds.get("resize", [])]
+        rows["cuts"] += [key | s for s in kinds.get("cut", [])]
         rows["ends"] += [key | {"lr": run.get("config", {}).get("lr"), "flops": flops(run, kinds.get("resize", []), e)}
                          | flat(e) for e in kinds.get("end", [])]
         nested = pd.json_normalize({k: v for k, v in run.items() if k not in ("kind", "seed")}).iloc[0]

@@ -11,6 +11,10 @@
     every = 10
     window = 0
 
+    [trial]                                  # optional: after each run, cut every layer to these ranks and look at the loss
+    ranks = [2, 4, 8]
+    tokens = 5_000                           # of the validation text
+
     [tune]                                   # optional: try these on the tune seeds, keep the lowest final val_loss
     seeds = [100]
     grid = { lr = [1e-3, 2e-3, 4e-3] }
@@ -100,6 +104,7 @@ class Suite:
     arms: tuple[Arm, ...]
     tune: Tune | None = None
     thin: dict = field(default_factory=dict)
+    trial: dict | None = None           # what `lab.damage.trial` is called with
 
     def config(self, arm: Arm, seed: int, **more) -> Config:
         return Config(**{**self.base, **arm.set, **more, "recipe": arm.name, "seed": seed})
@@ -210,11 +215,18 @@ def load(path: str | Path) -> Suite:
         raise ValueError(f"{path}: {error}") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 at byte {error.start}.") from None
-    _known(raw, {"about", "seeds", "base", "tune", "thin", "arms"}, f"{path}")
+    _known(raw, {"about", "seeds", "base", "tune", "thin", "trial", "arms"}, f"{path}")
     base, thin = _table(raw, "base", SETTINGS, f"{path}: [base]"), _table(raw, "thin", {"every", "window"}, f"{path}: [thin]")
     for key, least in (("every", 1), ("window", 0)):
         if key in thin and not (_whole(thin[key]) and thin[key] >= least):
             raise ValueError(f"{path}: [thin] {key} is {thin[key]!r}; wanted a whole number of at least {least}.")
+    trial = _table(raw, "trial", {"ranks", "tokens"}, f"{path}: [trial]") if "trial" in raw else None
+    if trial is not None:
+        ranks = trial.get("ranks")
+        if not (isinstance(ranks, list) and ranks and all(_whole(k) and k >= 1 for k in ranks)):
+            raise ValueError(f"{path}: [trial] ranks is {ranks!r}; wanted a list of whole numbers of at least 1.")
+        if not (_whole(trial.get("tokens")) and trial["tokens"] >= 2):
+            raise ValueError(f"{path}: [trial] tokens is {trial.get('tokens')!r}; wanted a whole number of at least 2.")
     if not isinstance(raw.get("about", ""), str):
         raise ValueError(f"{path}: about is {raw['about']!r}; wanted a text.")
     if not raw.get("arms") or not raw.get("seeds"):
@@ -226,7 +238,7 @@ def load(path: str | Path) -> Suite:
     arms = tuple(_arm(entry, seeds, tune, path) for entry in raw["arms"])
     _check_sources(arms, path)
     _check_name(path.stem, f"{path}: suite {path.stem!r}")
-    suite = Suite(path.stem, raw.get("about", ""), seeds, base, arms, tune, thin)
+    suite = Suite(path.stem, raw.get("about", ""), seeds, base, arms, tune, thin, trial)
     _check_configs(suite, path)
     return suite
 

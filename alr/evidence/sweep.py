@@ -31,6 +31,7 @@ import torch
 from tqdm import tqdm
 
 from ..lab import Config, train
+from ..lab.damage import trial
 from ..lab.data import Corpus
 from ..lab.device import pick_device
 from ..lab.files import held, open_locked, put
@@ -57,12 +58,14 @@ def configuration(job: Job) -> dict:
             if k not in ("device", "threads") and job.config.optimizer in (read_by(k) or [job.config.optimizer])}
 
 
-def recorded(job: Job, recipe, data: Path) -> bool:
-    """Is there a record of this very configuration?  An older one of the same name does not count."""
+def recorded(job: Job, recipe, data: Path, trial: dict | None = None) -> bool:
+    """Is there a record of this very configuration, and of this trial?  An older one of the same name does not count."""
     path = job.path(data)
     if not path.exists():
         return False
-    first, _ = run_and_end(path)
+    first, end = run_and_end(path)
+    if end.get("trial") != trial:
+        return False
     now = configuration(job)
     was = Config().describe() | first["config"]         # a setting younger than the record stood at its default
     return same_recipe(first["recipe"], recipe) and {k: was[k] for k in now} == now
@@ -100,13 +103,24 @@ def run(suite: Suite, job: Job, data: Path, folder: Path, quiet: bool = True) ->
     """The lines of a job's record, from a run that is made now and logged in `folder`."""
     log, began = folder / "log.jsonl", time.perf_counter()
     try:
-        train(replace(job.config, log_file=str(log)), recipe=suite.recipe(job, data), quiet=quiet)
+        done = train(replace(job.config, log_file=str(log)), recipe=suite.recipe(job, data), quiet=quiet)
         lines = log.read_text(encoding="utf-8").splitlines()
+        if suite.trial is not None:
+            lines = tried(lines, trial(done, **suite.trial), suite.trial)
     except FloatingPointError as error:
         if not job.tuning:
             raise
         lines = diverged(log.read_text(encoding="utf-8").splitlines(), str(error), time.perf_counter() - began)
     return thin(lines, **suite.thin)
+
+
+def tried(lines: Sequence[str], rows: Sequence[dict], asked: dict) -> list[str]:
+    """A finished log with a `cut` line for each row of a trial; its `end` line says which trial, and has a new digest."""
+    def short(x):
+        return float(f"{x:.7g}") if isinstance(x, float) else x
+    lines, end = list(lines[:-1]), json.loads(lines[-1])
+    lines += [json.dumps({"kind": "cut"} | {key: short(x) for key, x in row.items()}) for row in rows]
+    return [*lines, json.dumps({**end, "trial": asked, "digest": digest(lines)})]
 
 
 def diverged(lines: Sequence[str], why: str, seconds: float) -> list[str]:
@@ -148,7 +162,7 @@ def plan(suite: Suite, data: Path, only: Sequence[str] = ()) -> Plan:
                 broken[arm.name] = str(error)
     for job in [job for job in suite.tuning_jobs() if job.arm in good] + suite.jobs(data, good):
         try:
-            if not recorded(job, suite.recipe(job, data), data):
+            if not recorded(job, suite.recipe(job, data), data, suite.trial):
                 now.append(job)
         except FileNotFoundError:
             later.append(job)
