@@ -5,11 +5,13 @@ import math
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 from scipy.stats import ttest_1samp, ttest_ind
 
-from alr.evidence import claims
+from alr.evidence import claims, metrics
 from alr.evidence.claims import ClaimError, changes, compute, condition, dumps, judge, load, main, phrase
 from alr.evidence.metrics import shrink_after_drop
 from alr.evidence.paths import ROOT
@@ -207,6 +209,18 @@ def test_metrics_of_curves(tmp_path):
         value("val_los")
     with pytest.raises(ClaimError, match="with = "):
         value("steps_to_loss", lvl=4)
+
+
+def test_metrics_of_cuts():
+    """Two ranks, three layers: one prediction has the order of the damage at both, one at none, one of the Fisher cut's."""
+    rows = [{"k": k, "damage": d, "damage_fisher": f, "right": d * k, "wrong": -d, "Fisher importance": -f}
+            for k in (2, 4) for d, f in ((1.0, 0.3), (2.0, 0.1), (4.0, 0.4))]
+    run = SimpleNamespace(cuts=pd.DataFrame(rows))
+    assert metrics.across(run, None, "right") == pytest.approx(1) and metrics.across(run, None, "wrong") == pytest.approx(-1)
+    assert metrics.across(run, None, "Fisher importance") == pytest.approx(-1)
+    assert metrics.across_lead(run, None, "right", "wrong") == pytest.approx(2)
+    assert metrics.fisher_damage(run, None) == pytest.approx(0.1)
+    assert metrics.fisher_damage(run, None, least=1.5) == pytest.approx(0.075)
 
 
 def test_what_the_ranks_still_lose_after_the_drop(tmp_path):

@@ -132,6 +132,25 @@ def test_an_interrupted_sweep_ends_in_the_same_records(make, monkeypatch):
                 assert a[key] == b[key], (path.name, key)
 
 
+def test_a_trial_is_part_of_the_record(make):
+    body = '[trial]\nranks = [2, 3]\ntokens = 100\n[[arms]]\nname = "held"\nrecipe = "replace(uniform, rank=4)"\nseeds = [0]\n'
+    suite, root = make(body)
+    assert sweep.sweep(suite, data=root) == 1 and sweep.sweep(suite, data=root) == 0
+    cuts = records.runs("toy", root / "runs").cuts
+    assert len(cuts) == 2 * 6 and set(cuts["k"]) == {2, 3} and cuts["damage"].notna().all()
+    assert "the same, bit for bit" in sweep.verify(suite, root)
+    suite, _ = make(body.replace("tokens = 100", "tokens = 101"))
+    assert len(sweep.plan(suite, root)) == 1, "another trial is another record"
+
+
+@pytest.mark.parametrize("trial, words", [
+    ("ranks = []\ntokens = 9", "ranks is .]; wanted a list of whole numbers"), ("ranks = [0]\ntokens = 9", "ranks is .0]"),
+    ("ranks = [2]", "tokens is None; wanted a whole number"), ("ranks = [2]\ntokens = 9\nseed = 1", "seed")])
+def test_a_trial_that_cannot_be_is_refused(make, trial, words):
+    with pytest.raises(ValueError, match=words):
+        make(f"[trial]\n{trial}\n{ARMS}")
+
+
 def test_a_changed_configuration_is_run_again(make):
     suite, root = make()
     sweep.sweep(suite, data=root)
