@@ -233,7 +233,7 @@ def factorize_(model: nn.Module, rank: int | float | Mapping[str, int | float] |
     so a trained model keeps the best approximation of what it knows; `init.Fresh()` starts a large new model in a fraction
     of the time.  op: what forward computes, `factored` if not said.
 
-    Taken are exact nn.Linear layers and Conv1D of transformers.  A warning of one line names the kinds of modules that
+    It takes exact nn.Linear layers and Conv1D of transformers.  A warning of one line names the kinds of modules that
     hold matrices and were not taken.  Hooks of a replaced layer are gone.
     Initialise weights before, and make the optimizer afterwards: one made before still holds the old weights.
 
