@@ -153,7 +153,7 @@ def phrase(claim: dict, unit: bool = False) -> str:
     if claim["value"] is None:
         return claim["verdict"]
     found = Interval(claim["value"], claim["low"], claim["high"], claim["n"])
-    return f"{found.text(claim['format'])} {claim['unit'] if unit else ''}".rstrip()
+    return found.text(claim["format"], claim["unit"] if unit else "")
 
 
 # ------------------------------------------------------------------------------------------------- showing

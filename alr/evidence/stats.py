@@ -36,12 +36,12 @@ class Interval(NamedTuple):
         """value, low and high as text in a format such as ".3f", each times `scale`, with a true minus sign."""
         return [None if x is None else format(x * scale, form).replace("-", "\N{MINUS SIGN}") for x in self[:3]]
 
-    def text(self, form: str) -> str:
-        """The value with its interval in one format, '4.430 [4.401, 4.459]'; without one where it has none."""
+    def text(self, form: str, unit: str = "") -> str:
+        """The value with its interval and unit, '4.430 [4.401, 4.459] nats', in one format; without what it has not."""
         value, low, high = self.words(form)
         if self.low is not None and self.low == self.high:              # equal numbers have no spread, hence no interval
-            return f"{value} in each of {self.n} runs"
-        return value if low is None else f"{value} [{low}, {high}]"
+            return f"{value} {unit}".rstrip() + f" in each of {self.n} runs"
+        return f"{value if low is None else f'{value} [{low}, {high}]'} {unit}".rstrip()
 
 
 def mean(x: Sequence[float], method: str = "t", level: float = 0.95) -> Interval:

@@ -25,6 +25,8 @@ def test_intervals_of_known_samples():
 
 def test_equal_runs_are_no_interval_in_words():
     assert stats.mean([0.0, 0.0, 0.0]).text(".2f") == "0.00 in each of 3 runs"
+    assert stats.mean([0.0, 0.0, 0.0]).text(".2f", "nats") == "0.00 nats in each of 3 runs"
+    assert stats.mean([1.0]).text(".1f", "nats") == "1.0 nats" and stats.mean([1.0, 3.0]).text(".0f", "nats").endswith("] nats")
     assert stats.mean([1.0]).text(".1f") == "1.0" and stats.mean([1.0, 2.0]).text(".0f") == "2 [−5, 8]"
 
 
