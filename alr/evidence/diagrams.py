@@ -102,7 +102,7 @@ def cut(keep: int = 2) -> Figure:
 @drawn
 def forgotten() -> Figure:
     """Who holds what after a resize: an optimizer that was not told, beside one that was."""
-    fig, axes = plt.subplots(1, 2, figsize=(7.6, 3.7))
+    fig, axes = plt.subplots(1, 2, figsize=(7.6, 4.2))
     for ax, told in zip(axes, (False, True)):
         ax.set(xlim=(0, 10), ylim=(0, 9.4), aspect="equal")
         ax.axis("off")
