@@ -264,7 +264,7 @@ def test_every_committed_record_is_of_a_run_that_a_suite_still_plans():
         s = suites.load(path)
         for job in s.tuning_jobs() + s.jobs(suites.DATA):
             if job.path(suites.DATA).exists():
-                wanted[job.path(suites.DATA)] = recorded(job, s.recipe(job, suites.DATA), suites.DATA)
+                wanted[job.path(suites.DATA)] = recorded(job, s.recipe(job, suites.DATA), suites.DATA, s.trial)
     assert {str(p.relative_to(RUNS)) for p in records()} == {str(p.relative_to(RUNS)) for p in wanted}
     changed = {(p.parent.name if p.parent.name != "tune" else p.parent.parent.name, p.stem.split(".seed")[0])
                for p, same in wanted.items() if not same}
