@@ -24,7 +24,6 @@ import platform
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
@@ -271,27 +270,22 @@ def stale(notebooks: list[Path]) -> list[Path]:
 
 
 def times(notebooks: list[Path], profile: str, jobs: int = 1) -> None:
-    """Run at a profile from end to end; each that did is written into PROFILES, with its CPU seconds, the day, the machine.
+    """`run` every notebook at a profile; each that ran is written into PROFILES, with its CPU seconds, the day, the machine.
 
     A notebook that fails there leaves no time, and the exit code is 1 as in `run`.
     """
     from alr.lab.device import pick_device, processor  # torch takes seconds: not for the other actions
-    checkout, folder, machine = Checkout(ROOT), run_folder(profile), processor(pick_device("auto"))
-
-    def work(notebook):
-        done, said = by_papermill(notebook, folder / notebook.name, profile, checkout)
-        if done:
-            with writing:
-                known = json.loads(PROFILES.read_text(encoding="utf8")) if PROFILES.exists() else {}
-                seconds = stamp(folder / notebook.name)["seconds"]
-                known.setdefault(profile, {})[notebook.stem] = {
-                    "seconds": seconds, "day": time.strftime("%Y-%m-%d"), "processor": machine}
-                PROFILES.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n", encoding="utf8")
-        return done, said
-
-    writing = threading.Lock()
-    folder.mkdir(parents=True, exist_ok=True)
-    each(notebooks, f"timing at {profile}:", jobs, work, durations(notebooks, profile))
+    machine = processor(pick_device("auto"))
+    try:
+        run(notebooks, profile, jobs, everything=True)
+    finally:
+        known = json.loads(PROFILES.read_text(encoding="utf8")) if PROFILES.exists() else {}
+        for notebook in notebooks:
+            seconds = stamp(run_folder(profile) / notebook.name).get("seconds")
+            of = known.setdefault(profile, {})
+            if seconds and of.get(notebook.stem, {}).get("seconds") != seconds:        # else it ran on an earlier day
+                of[notebook.stem] = {"seconds": seconds, "day": time.strftime("%Y-%m-%d"), "processor": machine}
+        PROFILES.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n", encoding="utf8")
 
 
 def clean(nb: nbformat.NotebookNode) -> nbformat.NotebookNode:
