@@ -91,7 +91,7 @@ def adaptation_share(run: Runs, suite: Runs) -> float:
 
 
 def over_best(run: Runs, suite: Runs, others: list[str], metric: str = "test_loss") -> float:
-    """This run's number less that of the best of other arms at the same seed.
+    """This run's number minus that of the best of other arms at the same seed.
 
     The best is the arm with the lowest mean validation loss over all of its seeds, so the test split chooses nothing.  NaN
     at a seed that the others do not have.
@@ -102,7 +102,7 @@ def over_best(run: Runs, suite: Runs, others: list[str], metric: str = "test_los
 
 
 def over_median(run: Runs, suite: Runs, others: list[str], metric: str = "test_loss") -> float:
-    """This run's number less the median of other arms at the same seed: what a shape costs that nobody has searched for."""
+    """This run's number minus the median of other arms at the same seed: what a shape costs that nobody has searched for."""
     ends, seed = suite.ends[suite.ends["arm"].isin(others)], _seed(run)
     return _own(run, metric) - float(pd.Series([_of(ends, others, arm, seed, metric) for arm in others]).median(skipna=False))
 

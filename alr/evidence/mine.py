@@ -61,7 +61,7 @@ def _said(values: set) -> str:
 def score(mine: Runs, suite: Runs, metric: str = "val_loss") -> pd.DataFrame:
     """Each arm of a suite against one's own runs, by the seeds that both have; the nearest in size first.
 
-    Columns: blocks (its block parameters as a share of mine), difference (mine less the arm's mean), low, high, n, verdict:
+    Columns: blocks (its block parameters as a share of mine), difference (mine minus the arm's mean), low, high, n, verdict:
     "better", "worse", "open", or "one seed".  ValueError where the runs are not comparable, or share no seed.
     """
     if unlike := differences(mine, suite):

@@ -12,8 +12,9 @@ Seaborn draws heat maps, points and lines with intervals; what it has no chart f
 from __future__ import annotations
 
 import itertools
+import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -21,7 +22,9 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.transforms import Bbox
 
 from .claims import phrase
 from .markup import VERDICTS
@@ -79,6 +82,60 @@ def name_ends(ax, ends: Mapping[str, tuple[float, float, dict]], size: float = 9
         ax.plot([x, 1.02, 1.04], [y, height, height], transform=ax.transAxes, color=look["color"], linewidth=0.7, alpha=0.6,
                 clip_on=False, zorder=1, label="_to its name")
         ax.text(1.05, height, name, transform=ax.transAxes, color=ink(look["color"]), fontsize=size, va="center")
+
+
+def _beside(mark: Bbox, wide: float, tall: float) -> Iterator[tuple[int, Bbox]]:
+    """(how far, place) for a name of that size around a mark, the nearest first; right and left before above and below."""
+    x, y = (mark.x0 + mark.x1) / 2, (mark.y0 + mark.y1) / 2
+    for ring in range(1, 15):
+        for angle in (0, 180, 45, 135, -45, -135, 90, -90):
+            right, up = math.cos(math.radians(angle)), math.sin(math.radians(angle))
+            reach = mark.width / 2 + 0.45 * tall * (2 * ring - 1)
+            left = x + reach * right + (0.0 if right > 0.1 else -wide if right < -0.1 else -wide / 2)
+            yield ring, Bbox.from_bounds(left, y + reach * up - tall / 2, wide, tall)
+
+
+def _cost(place: Bbox, here, points, frame: Bbox, taken: Sequence[Bbox], thin: Sequence[Bbox]) -> float:
+    """What is wrong with a place for the name of the point `here`, in rings of distance; to be cut off is the worst."""
+    def far(point):
+        return math.dist(point, np.clip(point, place.min, place.max))
+    inside = frame.x0 <= place.x0 and place.x1 <= frame.x1 and frame.y0 <= place.y0 and place.y1 <= frame.y1
+    return (1000 * (not inside) + 100 * sum(place.overlaps(other) for other in taken)
+            + 4 * sum(far(point) < far(here) - 1 for point in points) + 2 * sum(place.overlaps(line) for line in thin))
+
+
+def name_points(ax, points: Mapping[str, tuple[float, float, dict]], lines: Sequence = (), size: float = 9) -> None:
+    """Names beside their marks, inside the axes, over no mark and no other name where there is room, else over the least.
+
+    points: name -> (x, y, look), in data; limits and scales of the axes have to be set already.  lines: ((x, y), (x, y)),
+    level or upright, in data, which a name had better not cover.  A name that had to go further has a thin line to its
+    mark.  The most crowded ones choose first.  size: points.
+    """
+    fig = ax.figure
+    fig.draw_without_rendering()                                    # from here on the layout is known
+    dot, frame = fig.dpi / 72, ax.get_window_extent()
+    at = {name: ax.transData.transform((x, y)) for name, (x, y, _) in points.items()}
+    marks = [Bbox.from_bounds(x - 4 * dot, y - 4 * dot, 8 * dot, 8 * dot) for x, y in at.values()]
+    thin = [Bbox(np.sort(ax.transData.transform(ends), axis=0) + [[-1, -1], [1, 1]]) for ends in lines]
+    near = {name: sum(math.dist(here, there) < 60 * dot for there in at.values()) for name, here in at.items()}
+    taken = []
+    for name in sorted(points, key=lambda name: -near[name]):
+        here, look = at[name], points[name][2]
+        text = ax.text(0, 0, name, color=ink(look["color"]), fontsize=size, va="center",
+                       path_effects=[withStroke(linewidth=2, foreground="white")])
+        box = text.get_window_extent()
+        mark = Bbox.from_bounds(here[0] - 5 * dot, here[1] - 5 * dot, 10 * dot, 10 * dot)
+        costs = {place: ring + _cost(place, here, at.values(), frame, [*taken, *marks], thin)
+                 for ring, place in _beside(mark, box.width, 1.1 * box.height)}
+        place = min(costs, key=costs.get)
+        taken.append(place)
+        x, y = ax.transAxes.inverted().transform((place.x0, (place.y0 + place.y1) / 2))
+        text.set(position=(x, y), transform=ax.transAxes)
+        nearest = np.clip(here, place.min, place.max)
+        if math.dist(here, nearest) > 16 * dot:
+            ends = ax.transAxes.inverted().transform([here, nearest])
+            ax.plot(*ends.T, transform=ax.transAxes, color=look["color"], linewidth=0.7, alpha=0.6, zorder=1,
+                    label="_to its name")
 
 
 def _interval(values) -> tuple[float, float]:
@@ -270,11 +327,13 @@ def pareto(ends: pd.DataFrame, x: str = "params_blocks", y: str = "val_loss", ti
     """
     labels = {"xlabel": unit(x), "ylabel": unit(y)}
     fig, ax = plt.subplots(figsize=(7.6, 4.4))
-    look, means = looks(_some(ends, "finished runs")["arm"]), []
+    look, means, bars = looks(_some(ends, "finished runs")["arm"]), [], []
     seeds = ends.groupby("arm")["run"].nunique()
     for arm, style in look.items():
         mx, my = (mean(ends.loc[ends["arm"] == arm, c]) for c in (x, y))
         means.append((mx.value, my.value))
+        bars += [((m.low, my.value), (m.high, my.value)) if m is mx else ((mx.value, m.low), (mx.value, m.high))
+                 for m in (mx, my) if m.low is not None]
         ax.errorbar(mx.value, my.value, my.bar, mx.bar, color=style["color"], marker=style["marker"], markersize=7,
                     capsize=3, linestyle="none", elinewidth=1, label=f"{arm} ({_seeds(mx.n)})")
     lost = [arm for arm, point in zip(look, means) if not np.isfinite(point).all()]
@@ -282,8 +341,9 @@ def pareto(ends: pd.DataFrame, x: str = "params_blocks", y: str = "val_loss", ti
         raise ValueError(f"plot: {x} or {y} is missing for {', '.join(lost)}.")
     left, right = min(a for a, _ in means) / 1.4, max(a for a, _ in means) * 1.4
     best = [means[i] for i in front(means)]
-    ax.step(*zip(*best, (right, best[-1][1])), where="post", color=GREY, linestyle="--", linewidth=1, label="front",
-            zorder=0)
+    corners = [best[0], *((x1, y0) for (_, y0), (x1, _) in itertools.pairwise(best)), (right, best[-1][1])]
+    stairs = [corners[0], *(p for c, b in zip(corners[1:], best[1:]) for p in (c, b)), corners[-1]]
+    ax.plot(*zip(*stairs), color=GREY, linestyle="--", linewidth=1, label="front", zorder=0)
     ax.set(**labels, title=title, xscale="log", xlim=(left, right))
     narrow = right / left < 8
     ax.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 6, 8) if narrow else (1, 2, 5), numticks=30))
@@ -291,8 +351,8 @@ def pareto(ends: pd.DataFrame, x: str = "params_blocks", y: str = "val_loss", ti
     ax.xaxis.set_minor_locator(NullLocator())
     same = seeds.nunique() == 1
     ax.set_title("dashed: the front" + (f"; {_seeds(seeds.iloc[0])} each" if same else ""), loc="right", fontsize=9)
-    name_ends(ax, {arm if same else f"{arm} ({_seeds(seeds[arm])})": (*point, look[arm])
-                   for arm, point in zip(look, means)})
+    name_points(ax, {arm if same else f"{arm} ({_seeds(seeds[arm])})": (*point, look[arm])
+                     for arm, point in zip(look, means)}, [*bars, *itertools.pairwise(stairs)])
     return fig
 
 
@@ -337,6 +397,7 @@ def forest(claims: Mapping[str, dict], title: str = "", keys: bool = False) -> F
                     transform=ax.get_yaxis_transform())
         ax.set_yticks(range(len(rows)), [text[k] for k, _ in rows], fontsize=9)
         ax.set(xlim=(left, right), ylim=(len(rows) - 0.4, -0.6), xlabel=name)
+        ax.xaxis.set_major_locator(MaxNLocator(5) if ax.get_xticks().size else NullLocator())      # room for "-0.125"
         ax.grid(axis="y", visible=False)
     allowed = Line2D([], [], color="#d8d8d8", linewidth=8, label="what the rule allows")
     fig.legend(handles=[allowed, Line2D([], [], color=INK, marker="o", label="value, 95 % interval")], ncols=2,

@@ -97,7 +97,7 @@ def half_width(sd: float, n: int, level: float = 0.95) -> float:
 
 
 def p_value(a: Sequence[float], b: Sequence[float] | None, low: float, high: float) -> float | None:
-    """1 less the level of the widest t interval of mean(a), or of mean(a) - mean(b), that stays within (low, high).
+    """1 minus the level of the widest t interval of mean(a), or of mean(a) - mean(b), that stays within (low, high).
 
     Below 0.05 exactly where the 95 % interval obeys the rule; 1 where the value itself breaks it.  With two finite ends
     these are two one-sided tests (Schuirmann 1987), with one it is a t test against that end, two-sided.  b given: Welch's

@@ -67,7 +67,7 @@ document.addEventListener("DOMContentLoaded", () => {
     if (target.scrollWidth > target.clientWidth + 1) target.tabIndex = 0;
     else target.removeAttribute("tabindex");
   }));
-  addEventListener("load", () => content.querySelectorAll(".alr-html, .text_html, .alr-scroll, .highlight pre, div.math")
+  addEventListener("load", () => content.querySelectorAll(".alr-html, .text_html, .highlight pre, div.math")
     .forEach((area) => stops.observe(area)));
 
   // ---------------------------------------------------------------- a formula in a line that is wider than the line scrolls

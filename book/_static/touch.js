@@ -57,7 +57,7 @@
     return element;
   };
 
-  // A slider with its name and its value beside it; changed(value) is called at once and after every move.
+  // A slider with its name and its value beside it; changed(value) is called after every move, and by `moved`.
   const slider = (box, name, { min, max, step = 1, value, says = String }, changed) => {
     const id = `alr-slider-${++number}`;
     const input = make("input", { type: "range", id, min, max, step, value });
@@ -72,7 +72,12 @@
     return { input, moved, set: (to) => { input.value = to; moved(); } };
   };
 
-  const picture = (width, height) => make("svg", { viewBox: `0 0 ${width} ${height}`, class: "alr-picture", role: "img" });
+  const picture = () => make("svg", { class: "alr-picture", role: "img" });
+
+  // A phone's pictures are half as wide, with their parts below each other, so that letters stay large: `draw` asks
+  // narrow.matches for its layout, gives the picture its size, and is called again when the answer changes.
+  const narrow = matchMedia("(max-width: 600px)");
+  const size = (svg, width, height) => svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
   const said = () => make("p", { class: "alr-said", role: "status" });
   const words = (x, digits = 3) => x.toLocaleString("en", { maximumSignificantDigits: digits });
 
@@ -85,7 +90,7 @@
   const text = (x, y, content, more = {}) => make("text", { x, y, "font-size": 13, fill: INK, ...more }, content);
 
   // Axes with a few ticks; those of y carry lines.  Without a name, x has no ticks.
-  const axes = (svg, x, y, xs, ys, xName, yName) => {
+  const axes = (svg, x, y, xs, ys, xName, yName, top = 18) => {
     const [left, right, bottom] = [x(xs[0]), x(xs[xs.length - 1]), y(ys[0])];
     for (const v of ys) {
       svg.append(make("line", { x1: left, x2: right, y1: y(v), y2: y(v), stroke: "#e0e0e0" }),
@@ -93,7 +98,7 @@
     }
     for (const v of xName ? xs : []) svg.append(text(x(v), bottom + 18, words(v), { "text-anchor": "middle" }));
     svg.append(make("line", { x1: left, x2: right, y1: bottom, y2: bottom, stroke: "#555" }),
-               text(right, bottom + 36, xName, { "text-anchor": "end" }), text(left, 18, yName));
+               text(right, bottom + 36, xName, { "text-anchor": "end" }), text(left, top, yName));
   };
   const ticks = (high, n) => {
     const rough = high / n, power = 10 ** Math.floor(Math.log10(rough));
@@ -108,7 +113,7 @@
     const id = `alr-run-${++number}`;
     const choose = make("select", { id }, ...arms.map((arm) => make("option", { value: arm }, arm)));
     const play = make("button", { type: "button", class: "alr-button" }, "Play");
-    const [svg, words_] = [picture(720, 330), said()];
+    const [svg, words_] = [picture(), said()];
     box.append(make("div", { class: "alr-controls" }, make("label", { for: id }, "run"), choose, play));
     let timer = null, at;
     const stop = () => { clearInterval(timer); timer = null; play.textContent = "Play"; };
@@ -118,9 +123,13 @@
       const top = Math.max(...data.layers.map((_, k) => Math.max(...run.ranks.map((row) => row[k]))));
       const losses = run.loss.filter((v) => v !== null);
       const [low, high] = [Math.min(...losses), Math.max(...losses)];
-      const y = scale(0, top, 270, 30), wide = 430 / data.layers.length;
+      // right: the end of the bars; the loss goes from `from` to `to`, and from `peak` down to `deep`
+      const at_ = narrow.matches ? { right: 350, from: 48, to: 340, peak: 370, deep: 500, keys: 3, step: 106 }
+                                 : { right: 470, from: 530, to: 700, peak: 30, deep: 270, keys: 6, step: 70 };
+      size(svg, ...(narrow.matches ? [360, 545] : [720, 330]));
+      const y = scale(0, top, 270, 30), wide = (at_.right - 40) / data.layers.length;
       svg.replaceChildren();
-      axes(svg, (v) => 40 + v * 430, y, [0, 1], ticks(top, 4).filter((v) => v <= top), "", "rank of each layer");
+      axes(svg, (v) => 40 + v * (at_.right - 40), y, [0, 1], ticks(top, 4).filter((v) => v <= top), "", "rank of each layer");
       let block = null;
       data.layers.forEach((layer, k) => {
         const parts = layer.split("."), role = parts[parts.length - 1], r = run.ranks[i][k];
@@ -128,10 +137,12 @@
                         make("title", {}, `${layer}: rank ${r}`)));
         if (parts[1] !== block) svg.append(text(41 + k * wide, 288, `block ${(block = parts[1])}`));
       });
-      Object.entries(data.colours).forEach(([role, colour], k) => svg.append(
-        make("rect", { x: 40 + k * 70, y: 306, width: 12, height: 12, fill: colour }), text(57 + k * 70, 317, role)));
-      const x = scale(0, data.epochs.length - 1, 530, 700), v = scale(low, high, 270, 30);
-      axes(svg, x, v, [0, data.epochs.length - 1], [low, high], "epoch", "validation loss (nats)");
+      const roles = [...new Set(data.layers.map((layer) => layer.split(".").pop()))];            // in the order of a block
+      roles.map((role) => [role, data.colours[role]]).forEach(([role, colour], k) => svg.append(
+        make("rect", { x: 40 + (k % at_.keys) * at_.step, y: 300 + 20 * Math.floor(k / at_.keys), width: 12, height: 12, fill: colour }),
+        text(57 + (k % at_.keys) * at_.step, 311 + 20 * Math.floor(k / at_.keys), role)));
+      const x = scale(0, data.epochs.length - 1, at_.from, at_.to), v = scale(low, high, at_.deep, at_.peak);
+      axes(svg, x, v, [0, data.epochs.length - 1], [low, high], "epoch", "validation loss (nats)", at_.peak - 12);
       const points = run.loss.map((loss, k) => [k, loss]).filter(([, loss]) => loss !== null);
       svg.append(line(points, x, v, GREY, { "stroke-width": 1 }), line(points.filter(([k]) => k <= i), x, v, INK));
       if (run.loss[i] !== null) svg.append(make("circle", { cx: x(i), cy: v(run.loss[i]), r: 5, fill: INK }));
@@ -151,7 +162,8 @@
       timer = setInterval(() => { epoch.set(at + 1); if (at === data.epochs.length - 1) stop(); }, 400);
     });
     choose.addEventListener("change", () => draw(at));
-    box.append(make("div", { class: "alr-scroll" }, svg), words_);
+    narrow.addEventListener("change", () => draw(at));
+    box.append(svg, words_);
     epoch.moved();
   };
 
@@ -159,10 +171,13 @@
 
   const spectrum = (box, data) => {
     const [m, n, full] = [data.rows, data.columns, data.trained.length];
-    const [svg, words_] = [picture(720, 330), said()];
+    const [svg, words_] = [picture(), said()];
     const high = Math.max(...data.trained, ...data.start);
     const draw = (r) => {
-      const cost = costs(m, n, r), x = scale(1, full, 50, 420), y = scale(0, high, 270, 30);
+      // right: the end of the curves; left, top: the corner of the three shapes; beside: where the second one starts
+      const at = narrow.matches ? { right: 345, left: 50, top: 368, beside: 190 } : { right: 420, left: 460, top: 30, beside: 585 };
+      const cost = costs(m, n, r), x = scale(1, full, 50, at.right), y = scale(0, high, 270, 30);
+      size(svg, ...(narrow.matches ? [360, 655] : [720, 330]));
       svg.replaceChildren();
       axes(svg, x, y, [1, Math.round(full / 2), full], ticks(high, 4).filter((v) => v <= high), "singular value (index)", "its size");
       svg.append(make("rect", { x: 50, y: 30, width: x(r) - 50, height: 240, fill: BLUE, opacity: 0.12 }),
@@ -173,10 +188,11 @@
       // the three ways to hold the layer, drawn to one scale: an area is a number of parameters
       const unit = 120 / m, shape = (left, top, rows, columns, colour) => make("rect", {
         x: left, y: top, width: Math.max(columns * unit, 1), height: Math.max(rows * unit, 1), fill: colour, opacity: 0.75 });
-      svg.append(text(460, 22, `dense, ${m} x ${n}`), shape(460, 30, m, n, INK),
-                 text(585, 22, `U V, rank ${r}`), shape(585, 30, m, r, BLUE), shape(590 + r * unit, 30, r, n, BLUE),
-                 text(460, 182, `dense of the same size, ${Math.round(cost.rows)} x ${Math.round(cost.columns)}`),
-                 shape(460, 190, cost.rows, cost.columns, VERMILION));
+      const { left, top, beside } = at;
+      svg.append(text(left, top - 8, `dense, ${m} x ${n}`), shape(left, top, m, n, INK),
+                 text(beside, top - 8, `U V, rank ${r}`), shape(beside, top, m, r, BLUE), shape(beside + 5 + r * unit, top, r, n, BLUE),
+                 text(left, top + 152, `dense of the same size, ${Math.round(cost.rows)} x ${Math.round(cost.columns)}`),
+                 shape(left, top + 160, cost.rows, cost.columns, VERMILION));
       const side = cost.share <= 1 ? `${Math.round(cost.rows)} x ${Math.round(cost.columns)}` : "a larger one";
       words_.textContent = `Rank ${r}: relative error ${words(error(data.trained, r))} after training, `
         + `${words(error(data.start, r))} before; ${cost.parameters.toLocaleString("en")} parameters and `
@@ -184,26 +200,30 @@
         + `Break-even is at rank ${words(cost.break_even, 4)}. For as many parameters one gets a dense layer of ${side}.`;
       svg.setAttribute("aria-label", words_.textContent);
     };
-    slider(box, "rank", { min: 1, max: full, value: Math.round(full / 4) }, draw).moved();
-    box.append(make("div", { class: "alr-scroll" }, svg), words_);
+    const rank = slider(box, "rank", { min: 1, max: full, value: Math.round(full / 4) }, draw);
+    narrow.addEventListener("change", rank.moved);
+    box.append(svg, words_);
+    rank.moved();
   };
 
   // ------------------------------------------------------------------------------------------------ a controller
 
   const controller = (box, data) => {
-    const [svg, words_] = [picture(720, 320), said()];
+    const [svg, words_] = [picture(), said()];
     const set = { ...data.control }, start = data.ranks[0];
     let first = start;
     const draw = () => {
       const path = follow(set, data.targets, first, data.cap);
       const wanted = data.targets.map((t) => clamp(set.safety * t, set.min_rank, data.cap));
       const high = Math.max(...path, ...wanted, ...data.ranks);
-      const x = scale(0, path.length - 1, 50, 700), y = scale(0, high, 270, 30);
+      const x = scale(0, path.length - 1, 50, narrow.matches ? 345 : 700), y = scale(0, high, 270, 30);
+      size(svg, narrow.matches ? 360 : 720, narrow.matches ? 370 : 325);
       svg.replaceChildren();
       axes(svg, x, y, [0, Math.round((path.length - 1) / 2), path.length - 1], ticks(high, 4).filter((v) => v <= high), "decision", "rank");
       svg.append(line(wanted.map((w, i) => [i + 1, w]), x, y, GREY, { "stroke-dasharray": "4 3" }),
                  line(stairs(data.ranks), x, y, INK, { "stroke-width": 1 }), line(stairs(path), x, y, VERMILION),
-                 text(60, 310, "vermilion: your controller; black: as recorded; dashed: safety x target"));
+                 ...["vermilion: your controller;", "black: as recorded;", "dashed: safety x target"].map((key, i) => narrow.matches
+                   ? text(50, 326 + 18 * i, key) : text([50, 222, 350][i], 318, key)));
       const last = path[path.length - 1], moves = path.filter((r, i) => i && r !== path[i - 1]).length;
       words_.textContent = `The rank ends at ${last} (recorded: ${data.ranks[data.ranks.length - 1]}) after ${moves} moves in `
         + `${data.targets.length} decisions; the last wish is ${words(wanted[wanted.length - 1])}.`;
@@ -216,7 +236,8 @@
     hold("largest step", "max_step", { min: 1, max: 32 });
     slider(box, "first rank", { min: set.min_rank, max: data.cap, value: start }, (v) => { first = v; draw(); });
     box.querySelectorAll("input").forEach((input) => input.dispatchEvent(new Event("input")));
-    box.append(make("div", { class: "alr-scroll" }, svg), words_);
+    narrow.addEventListener("change", draw);
+    box.append(svg, words_);
   };
 
   // ------------------------------------------------------------------------------------------------ claims by verdict and chapter
@@ -273,24 +294,23 @@
       loss: Number(row.cells[lossAt].dataset.sort || NaN), size: Number(row.cells[sizeAt].dataset.sort || NaN) / 1000 }))
       .filter((p) => Number.isFinite(p.loss) && p.size > 0);
     if (all.length < 2) return;
-    const svg = picture(720, 340), keys = make("div", { class: "alr-keys", role: "group", "aria-label": "arms shown in the picture" });
+    const svg = picture(), keys = make("div", { class: "alr-keys", role: "group", "aria-label": "arms shown in the picture" });
     const sizes = all.map((p) => Math.log(p.size)), losses = all.map((p) => p.loss);
-    const x = scale(Math.min(...sizes), Math.max(...sizes), 80, 690), y = scale(Math.min(...losses), Math.max(...losses), 280, 40);
-    axes(svg, (v) => x(Math.log(v)), y, [Math.min(...all.map((p) => p.size)), Math.max(...all.map((p) => p.size))],
-         [Math.min(...losses), Math.max(...losses)], "parameters in the blocks (thousands, logarithmic)", "validation loss (nats per token)");
+    const span = (values) => [Math.min(...values), Math.max(...values)];
+    let x, y;                                           // set by draw, read by light
     const name = text(0, 0, "", { "font-weight": 600 });
     const light = (point, on) => {
       point.row.classList.toggle("alr-lit", on);
       point.key.classList.toggle("alr-lit", on);
       point.dot.setAttribute("r", on ? 10 : 6);
       name.textContent = on ? point.arm : "";
-      const right = x(Math.log(point.size)) > 500;
+      const right = x(Math.log(point.size)) > (narrow.matches ? 200 : 500);
       name.setAttribute("x", x(Math.log(point.size)) + (right ? -14 : 14));
       name.setAttribute("y", y(point.loss) - 12);
       name.setAttribute("text-anchor", right ? "end" : "start");
     };
     for (const point of all) {
-      point.dot = make("circle", { cx: x(Math.log(point.size)), cy: y(point.loss), r: 6, fill: colour(point.arm), stroke: "#fff" },
+      point.dot = make("circle", { r: 6, fill: colour(point.arm), stroke: "#fff" },
                        make("title", {}, `${point.arm}: ${point.loss.toFixed(3)} nats, ${words(point.size)} thousand parameters`));
       point.key = make("button", { type: "button", "aria-pressed": "true" },
                        make("span", { style: `background:${colour(point.arm)}` }), point.arm);
@@ -305,12 +325,26 @@
         }
       }
       point.dot.addEventListener("click", () => point.row.scrollIntoView({ block: "center" }));
-      svg.append(point.dot);
       keys.append(point.key);
     }
-    svg.append(name);
+    const draw = () => {
+      x = scale(...span(sizes), 60, narrow.matches ? 340 : 690);
+      y = scale(...span(losses), 280, 40);
+      size(svg, narrow.matches ? 360 : 720, 340);
+      svg.replaceChildren();
+      axes(svg, (v) => x(Math.log(v)), y, span(all.map((p) => p.size)), span(losses),
+           "parameters in the blocks (thousands, logarithmic)", "validation loss (nats per token)");
+      for (const point of all) {
+        point.dot.setAttribute("cx", x(Math.log(point.size)));
+        point.dot.setAttribute("cy", y(point.loss));
+        svg.append(point.dot);
+      }
+      svg.append(name);
+    };
+    narrow.addEventListener("change", draw);
+    draw();
     svg.setAttribute("aria-label", `Loss against size of ${all.length} arms; the table holds the same numbers.`);
-    const figure = make("div", { class: "alr-touch alr-board" }, make("div", { class: "alr-scroll" }, svg), keys);
+    const figure = make("div", { class: "alr-touch alr-board" }, svg, keys);
     (table.closest(".alr-html") ?? table).before(figure);
   };
 

@@ -67,7 +67,7 @@ def holding(kind: str) -> str:
 
 NAMES = [path.relative_to(SITE).with_suffix("").as_posix() for path in BUILT]
 WIDE = "[...document.querySelectorAll('.bd-article *')].filter(e => e.getBoundingClientRect().right > innerWidth + 1 " \
-       "&& !e.closest('pre, .alr-html, .text_html, .alr-scroll, .cell_output, mjx-container, div.math, dialog')).slice(0, 3)" \
+       "&& !e.closest('pre, .alr-html, .text_html, .cell_output, mjx-container, div.math, dialog')).slice(0, 3)" \
        ".map(e => e.outerHTML.slice(0, 120))"
 BROKEN = "[...document.images].filter(i => !i.complete || !i.naturalWidth).map(i => i.src)"
 NAMELESS = "[...document.querySelectorAll('.bd-content img')].filter(i => !i.alt.trim() || /\\.png$/.test(i.alt))" \

@@ -55,6 +55,7 @@ FIGURES = {
     "aligned": lambda r: plot.aligned(r.steps, r.resizes, before=5, after=15, title="Around a resize"),
     "spectrum": lambda r: plot.spectrum({"q": np.exp(-np.arange(30.0))}, {"stable rank": 1.2, "entropy": 2.5}, "W"),
     "forest": lambda r: plot.forest(CLAIMS, title="Claims"),
+    "forest_fine": lambda r: plot.forest({"a": claim("open", -0.12, -0.125, 0.05), "b": claim("open", 0.0, -0.01, 0.075)}),
 }
 
 
@@ -70,7 +71,7 @@ def test_a_figure_is_readable(r, name):
     for ax in fig.axes:
         for axis in (ax.xaxis, ax.yaxis):
             label, shown = axis.get_label_text(), axis.get_visible() and axis.get_ticklabels()
-            if shown and not (name == "forest" and axis is ax.yaxis):   # there the sentences are the labels
+            if shown and not (name.startswith("forest") and axis is ax.yaxis):   # there the sentences are the labels
                 assert "(" in label and label.endswith(")"), f"{label!r} has no unit"
             boxes = [t.get_window_extent(renderer) for t in axis.get_ticklabels()
                      if t.get_text() and axis.get_view_interval().min() <= t.get_position()[axis is ax.yaxis]
@@ -215,8 +216,49 @@ def test_names_stand_apart_in_their_order_and_near_their_lines():
     assert plot._apart([], 0.1, 0.0, 1.0) == []
 
 
-@pytest.mark.parametrize("draw", [lambda r: plot.losses(r.curves), lambda r: plot.pareto(r.ends),
-                                  lambda r: plot.rank_paths(r.of(run="v10.seed0").ranks)])
+def crowded(seed):
+    """Twelve points, some of them nearly on top of each other, with names of any length."""
+    rng = random.Random(seed)
+    fig, ax = plt.subplots(figsize=(7.6, 4.4), layout="constrained")
+    corners = [(rng.random(), rng.random()) for _ in range(4)]
+    look = {"color": "#0072B2"}
+    points = {f"arm {i}{' with a name' * rng.randint(0, 1)}": (x + rng.gauss(0, 0.02), y + rng.gauss(0, 0.02), look)
+              for i, (x, y) in enumerate(corners * 3)}
+    ax.plot([x for x, _, _ in points.values()], [y for _, y, _ in points.values()], "o", markersize=7)
+    plt.close(fig)
+    return fig, ax, points
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_names_stand_apart_beside_their_points(seed):
+    fig, ax, points = crowded(seed)
+    plot.name_points(ax, points)
+    FigureCanvasAgg(fig).draw()
+    renderer, frame = fig.canvas.get_renderer(), ax.get_window_extent()
+    boxes = {text.get_text(): text.get_window_extent(renderer) for text in ax.texts}
+    assert boxes.keys() == points.keys()
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes.values(), 2))
+    assert all(frame.x0 <= b.x0 and b.x1 <= frame.x1 and frame.y0 <= b.y0 and b.y1 <= frame.y1 for b in boxes.values())
+    for x, y, _ in points.values():
+        at = ax.transData.transform((x, y))
+        assert not any(box.contains(*at) for box in boxes.values()), "a name covers a mark"
+    for name, (x, y, _) in points.items():
+        at, box = ax.transData.transform((x, y)), boxes[name]
+        assert np.hypot(*(at - np.clip(at, box.min, box.max))) < 130, "it stands by its own"
+
+
+def test_a_front_is_a_stair_through_its_points(r):
+    ax = plot.pareto(r.ends).axes[0]
+    stair = next(line for line in ax.get_lines() if line.get_label() == "front")
+    x, y = stair.get_xdata(), stair.get_ydata()
+    means = r.ends.groupby("arm")[["params_blocks", "val_loss"]].mean().to_numpy()                # (arms, 2)
+    for best in means[plot.front([tuple(m) for m in means])]:
+        assert np.isclose([x, y], best[:, None], rtol=1e-12).all(axis=0).any(), "it passes through the point"
+    assert ((np.diff(x) == 0) | (np.diff(y) == 0)).all(), "level or upright"
+    assert (np.diff(x) >= 0).all() and (np.diff(y) <= 0).all()
+
+
+@pytest.mark.parametrize("draw", [lambda r: plot.losses(r.curves), lambda r: plot.rank_paths(r.of(run="v10.seed0").ranks)])
 def test_names_stand_beside_what_they_name(r, draw):
     fig = draw(r)
     FigureCanvasAgg(fig).draw()
