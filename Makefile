@@ -96,8 +96,8 @@ lab: env ## open the notebooks in JupyterLab (installed on the first call, pinne
 	    $(PY) -m pip install --disable-pip-version-check -c constraints.txt -e ".[lab]"
 	@if [ "$$(id -u)" = 0 ]; then set -- --allow-root; else set --; fi; $(PY) -m jupyterlab "$$@" notebooks
 
-lint: env ## ruff over alr/, book/ and tests/ (ARGS=--fix mends what is safe to mend)
-	@$(PY) -m ruff check $(MORE) alr book tests
+lint: env ## ruff over alr/, book/, notebooks/ and tests/ (ARGS=--fix mends what is safe to mend)
+	@$(PY) -m ruff check $(MORE) alr book notebooks tests
 
 fuzz: env ## odd flags, texts, recipes, suites, records, checkpoints; kills (ARGS=600: seconds a kind; FUZZ_KILLS=100: at least)
 	@FUZZ_SECONDS="$(or $(MORE),120)" FUZZ_SEED="$$(date +%s)" TQDM_DISABLE=1 \

@@ -54,6 +54,11 @@ def bullets(items: Mapping[str, str]) -> Html:
     return tag("ul", *(tag("li", tag("b", name), ": ", words) for name, words in items.items()), class_="alr-html")
 
 
+def caption(words: str) -> Html:
+    """What a figure shows, below it, where one cell draws several; a cell with one figure has its caption in its metadata."""
+    return tag("p", words, class_="alr-caption")
+
+
 def recorded(name: str, root: str | Path | None = None) -> Runs | None:
     """The records of a suite, or None when there are none yet.  RecordError as `records.runs`."""
     folder = Path(root or RUNS) / name
@@ -208,7 +213,7 @@ def provenance_footer(*used: Runs | str | object, root: str | Path | None = None
             continue
         p = suite.provenance
         seeds = ", ".join(map(str, sorted(p["seed"].unique())))
-        what = f'{", ".join(suite.arms)}: {len(p)} run{"s" * (len(p) > 1)}, seed{"s" * ("," in seeds)} {seeds}'
+        what = f'{"; ".join(suite.arms)}: {len(p)} run{"s" * (len(p) > 1)}, seed{"s" * ("," in seeds)} {seeds}'
         software = join([f"torch {_all(p, 'torch')}", f"Python {_all(p, 'python')}"], BR)
         rows.append(_row(*map(_cell, [
             where, what, _commit(p) if name else "of this page", _all(p, "device", "processor", "threads"),
