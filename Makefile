@@ -48,7 +48,7 @@ pages: env ## the HTML book from the notebooks' committed outputs, none of them 
 	@$(PY) book/build.py html --stored
 
 test: env ## unit tests, then the notebooks as committed (nbval) that have not passed here (ARGS=--all: every one)
-	@TQDM_DISABLE=1 $(PY) -m pytest tests
+	@TQDM_DISABLE=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile tests
 	@$(PY) book/notebooks.py check $(ONLY) $(MORE)
 
 train: env ## the original's training command, on wiki.train.tokens or else on Python's own manual (ARGS="...")

@@ -138,7 +138,8 @@ SERVES = {                              # declared, and used without an import: 
     "ipykernel": ("book/notebooks.py", '"Python 3 (ipykernel)"'), "jupyter-book": ("book/build.py", "jupyter_book.cli.main"),
     "sphinx-book-theme": ("book/_config.yml", "html_theme_options"),                # jupyter-book takes whichever is there
     "sphinx-mathjax-offline": ("book/_config.yml", "sphinx-mathjax-offline"), "nbval": ("book/notebooks.py", "--nbval-lax"),
-    "pytest-benchmark": ("Makefile", "--benchmark-only"), "ruff": ("Makefile", "-m ruff check"),
+    "pytest-benchmark": ("Makefile", "--benchmark-only"), "pytest-xdist": ("Makefile", "-n auto"),
+    "ruff": ("Makefile", "-m ruff check"),
     "jupyterlab": ("Makefile", "-m jupyterlab")}
 PLACES = [                              # where a file lies -> the extras that it may import from; the first that fits
     (r"alr/integrations/", {"", "integrations"}), (r"alr/(lab/|train\.py)", {"", "train"}),
