@@ -9,7 +9,7 @@ check    nbval on notebooks/ as committed, one pytest run a notebook. What has p
 refresh  papermill in place, of those notebooks that are stale (--all: of every one), or of those named; then what differs
          between two equal runs is taken out: refreshing twice gives no diff. The inputs are written into the notebook.
 stale    lists the notebooks whose stored outputs come from other inputs than today's, and which inputs changed.
-times    run at a profile, every one, and how long each took into book/profiles.json.
+times    run at a profile, every one, and how long each took into book/profiles.json, which the book shows.
 
 All run a notebook with notebooks/ as its working folder, as JupyterLab does. Several notebooks run at a time, each in a
 process of its own with one thread (--jobs; one per core, at most eight, if not said), the heaviest first. One thread

@@ -456,7 +456,7 @@ def sphinx(folder: Path, text: str, builder: str = "html", page: str = "index"):
     from sphinx.application import Sphinx
     from sphinx.util.docutils import docutils_namespace
     conf = f"import sys; sys.path.insert(0, {str(ROOT / 'book' / '_ext')!r})\n"
-    conf += "extensions = ['val', 'touching', 'exercises', 'sphinx_design', 'myst_parser']\n"
+    conf += "extensions = ['val', 'touching', 'times', 'exercises', 'sphinx_design', 'myst_parser']\n"
     folder.joinpath("conf.py").write_text(conf + "html_theme = 'basic'\n")
     folder.joinpath("index.md").write_text(f"# Page\n\n{text}\n")
     warnings = io.StringIO()
@@ -544,6 +544,19 @@ def test_a_picture_to_touch_brings_its_numbers_and_a_still_one(tmp_path):
     assert json.loads(numbers) == {"a": "</script>", "b": [1, 2]}
     assert re.search(r'<img alt="What is \*?seen\*? here."[^>]*ranks.png', page) and "<em>seen</em>" in page
     assert "no picture 'rank'" in warnings and "there are ranks" in warnings
+
+
+def test_the_times_of_a_profile_are_those_that_were_measured(tmp_path):
+    run = {"day": "2026-11-26", "processor": "Some CPU"}
+    (tmp_path / "profiles.json").write_text(json.dumps({"cpu": {"b": run | {"seconds": 150}, "a": run | {"seconds": 30}}}))
+    (tmp_path / "notebooks").mkdir()
+    for name in "ab":
+        (tmp_path / "notebooks" / f"{name}.md").write_text(f"# Chapter {name}\n")
+    toc = "\n\n```{toctree}\nnotebooks/a\nnotebooks/b\n```"
+    page, warnings = sphinx(tmp_path, "```{times} cpu\n```\n\n```{times} full\n```" + toc)
+    words = " ".join(re.sub(r"<[^>]+>", " ", page).split())
+    assert "Chapter a 0.5 Chapter b 2.5 Together 3 minutes, one thread each, on Some CPU, 2026-11-26." in words
+    assert "no run at profile 'full'" in warnings and warnings.count("no run") == 1
 
 
 @pytest.mark.parametrize("register", [None, "{}", json.dumps({"gains": CLAIM})])
