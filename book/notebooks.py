@@ -354,7 +354,7 @@ def main() -> None:
                         help="for run and times: cpu or full; as committed if not said")
     parser.add_argument("--all", action="store_true", help="also those that are as committed, have passed, are not stale")
     parser.add_argument("--jobs", type=int, default=min(8, cores()), help="notebooks at a time")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()          # names and options in any order
     if args.jobs < 1:
         parser.error(f"--jobs is {args.jobs}; wanted at least 1.")
 

@@ -38,8 +38,7 @@ def test_the_picture_comes_before_the_story():
 
 
 SIGNS = {"leak_gap": -1, "null_start_decides": 1, "repair_transport": -1, "repaired_beats_v10": -1,
-         "alr_beats_uniform_shakespeare": -1, "alr_near_dense_muon": 1,
-         "equal_best_words": 1}                                 # what the sentences on the front page say
+         "alr_beats_uniform_shakespeare": -1, "equal_best_words": 1}            # what the sentences on the front page say
 
 
 def test_the_findings_of_the_front_page_are_those_of_the_register():

@@ -72,10 +72,10 @@ def test_the_footer_names_commit_device_seeds_torch_and_fingerprint(root):
 
     page = pages.provenance_footer("toy", runs("toy", root).of(arm=["alr", "v10"], seed=0), Live(), Live(), root=root)
     whole, part, live = rows(page)
-    for words in ("alr, dense, v10: 9 runs, seeds 0, 1, 2", "0123456", "cpu, a CPU, threads 1", "torch 2.13.0",
+    for words in ("alr; dense; v10: 9 runs, seeds 0, 1, 2", "0123456", "cpu, a CPU, threads 1", "torch 2.13.0",
                   "toy, f00d"):
         assert words in whole
-    assert "alr, v10: 2 runs, seed 0<" in part
+    assert "alr; v10: 2 runs, seed 0<" in part
     for words in ("live, on this page", "v10: 2 runs, seed 7<", "of this page", "a chip", "torch 2.14", "pydoc, beef"):
         assert words in live
 
