@@ -33,7 +33,9 @@ class Interval(NamedTuple):
         return None if self.low is None else [[self.value - self.low], [self.high - self.value]]
 
     def words(self, form: str, scale: float = 1.0) -> list[str | None]:
-        """value, low and high as text in a format such as ".3f", each times `scale`, with a true minus sign."""
+        """value, low and high as text in a format such as ".3f", each times `scale`; a true minus sign, and none of a zero."""
+        sign = form[:1] if form[:1] in ("+", "-", " ") else ""
+        form = f"{sign}z{form[len(sign):]}"                         # z: what rounds to zero is no negative zero
         return [None if x is None else format(x * scale, form).replace("-", "\N{MINUS SIGN}") for x in self[:3]]
 
     def text(self, form: str, unit: str = "") -> str:

@@ -135,3 +135,11 @@ def test_the_lengths_of_an_error_bar_lead_to_the_ends():
     m = stats.mean([1.0, 2.0, 4.0])
     (below,), (above,) = m.bar
     assert (m.value - below, m.value + above) == pytest.approx((m.low, m.high)) and stats.mean([1.0]).bar is None
+
+
+@pytest.mark.parametrize("form, words", [(".3f", ["0.000", "\N{MINUS SIGN}0.001", "0.000"]),
+                                         ("+.3f", ["+0.000", "\N{MINUS SIGN}0.001", "+0.000"]),
+                                         (",.0f", ["0", "0", "0"]),
+                                         (".2g", ["\N{MINUS SIGN}0.0004", "\N{MINUS SIGN}0.001", "0.0004"])])
+def test_what_rounds_to_zero_has_no_minus(form, words):
+    assert stats.Interval(-0.0004, -0.001, 0.0004, 3).words(form) == words
