@@ -21,7 +21,7 @@ from alr.evidence.paths import DATA, RUNS
 from alr.evidence.style import BLUE, GREY, INK, LOOKS, VERMILION, drawn, looks
 
 SUITE, SEED = "evolution", 0                    # the runs that the player and the controllers show
-PLAYED = ("v10", "repaired", "alr, pairs")
+PLAYED = {"v10": "v10", "repaired": "v10, repaired", "alr, pairs": "the budget recipe"}     # arm -> its name here
 SPECTRUM = DATA / "touch" / "spectrum.json"
 LAYER = "blocks.1.mlp.up"                       # of the trained model whose spectrum is shown
 
@@ -29,9 +29,9 @@ LAYER = "blocks.1.mlp.up"                       # of the trained model whose spe
 # ---------------------------------------------------------------- the numbers
 
 def ranks(runs: records.Runs) -> dict:
-    """Ranks of every layer and the validation loss, epoch by epoch, of one run of each arm in PLAYED.
+    """Ranks of every layer and the validation loss, epoch by epoch, of one run of each arm in PLAYED, by its name there.
 
-    Returns layers (in module order), epochs, full (the largest useful rank of each layer), and runs: arm -> ranks
+    Returns layers (in module order), epochs, full (the largest useful rank of each layer), and runs: name -> ranks
     (epochs x layers) and loss (nats per token), with the rank before training in front and no loss there.
     """
     out = {"runs": {}, "colours": {}, "source": f"suite {SUITE}, seed {SEED}"}
@@ -42,7 +42,7 @@ def ranks(runs: records.Runs) -> dict:
         start = one.resizes.drop_duplicates("layer").set_index("layer")["old"]          # before its first change
         first = [int(start.get(layer, grid.iloc[0][layer])) for layer in layers]
         out["layers"], out["epochs"] = layers, [0, *map(int, grid.index)]
-        out["runs"][arm] = {"ranks": [first, *grid.astype(int).values.tolist()],
+        out["runs"][PLAYED[arm]] = {"ranks": [first, *grid.astype(int).values.tolist()],
                             "loss": [None, *one.curves.set_index("epoch")["val_loss"].round(4)]}
     roles = [name.rsplit(".", 1)[-1] for name in out["layers"]]
     out["colours"] = {role: look["color"] for role, look in looks(roles).items()}
@@ -150,7 +150,7 @@ def write(folder: Path) -> None:
     runs = records.runs(SUITE)
     spectrum = json.loads(SPECTRUM.read_text(encoding="utf8"))
     pictures: dict[str, tuple[dict, Callable[[], Figure]]] = {
-        "ranks": (ranks(runs), lambda: plot.rank_paths(runs.of(arm=PLAYED[0], seed=SEED).ranks, title=PLAYED[0])),
+        "ranks": (ranks(runs), lambda: plot.rank_paths(runs.of(arm="v10", seed=SEED).ranks, title="v10")),
         "controller": (asked := targets(runs), lambda: still_targets(asked)),
         "spectrum": (spectrum, lambda: still_spectrum(spectrum)),
     }

@@ -93,8 +93,9 @@ def test_the_error_of_a_cut_is_eckart_and_youngs(javascript):
 
 def test_the_players_numbers_are_the_records(recorded):
     data = touch.ranks(recorded)
-    assert set(data["runs"]) == set(touch.PLAYED) and data["epochs"] == list(range(len(data["epochs"])))
-    for arm, run in data["runs"].items():
+    assert set(data["runs"]) == set(touch.PLAYED.values()) and data["epochs"] == list(range(len(data["epochs"])))
+    for arm, name in touch.PLAYED.items():
+        run = data["runs"][name]
         one = recorded.of(arm=arm, seed=touch.SEED)
         assert len(run["ranks"]) == len(run["loss"]) == len(data["epochs"]) and run["loss"][0] is None
         last = one.ranks[one.ranks["epoch"] == one.ranks["epoch"].max()].set_index("layer")["rank"]
