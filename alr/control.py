@@ -58,7 +58,8 @@ class Schedule(Control):
 
 @dataclass(frozen=True)
 class Stairs(Control):
-    """Every layer goes to one rank, in so many equal changes spread evenly over training (the dose experiment of chapter 12).
+    """Every layer goes to one rank, in so many equal changes spread evenly over training (the dose experiment of
+    notebook 12_optimizer_reset).
 
     Change i of `changes` is due when i / (changes + 1) of the steps are done, and happens at the next decision.  A layer
     that starts at rank r has then the rank r + (rank - r) i / changes, rounded, its cap permitting: from 64 to 28 in 36

@@ -136,7 +136,7 @@ class StableRankPower(Estimate):
 
 @dataclass(frozen=True)
 class StableRank(Estimate):
-    """The same number from the factors alone, to well under 1 %: ours."""
+    """The stable rank of W from the factors alone, without forming W, to well under 1 %: ours."""
 
     squarings: Whole = 7                                            # 2^7 iterations; ours
 

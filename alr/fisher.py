@@ -9,7 +9,8 @@ first order; with h and d taken for independent (K-FAC: Martens & Grosse 2015) t
     || K^(1/2) (I - M) H^(1/2) ||_F^2      with H = mean of h h^T, K = mean of d d^T, both (r, r),
 
 and half of it is what the empirical Fisher matrix gives for the rise of the mean loss, in proportion: second order and
-independence make single numbers wrong by a factor of two and more, their order is what they are good for (chapter 15).
+independence make single numbers wrong by a factor of two and more, their order is what they are good for (notebook
+15_how_much_rank).
 The best M of rank k is the truncated SVD of K^(1/2) H^(1/2), whose directions this file finds (`metric`).  How much the
 loss feels each of them is then not modelled but measured: half the mean of (d^T a_j b_j^T h)^2 over the rows of the next
 batches (`observe`), which needs no independence.  Those numbers can be compared between layers.

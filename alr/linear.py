@@ -313,7 +313,8 @@ def factorize_(model: nn.Module, rank: int | float | Mapping[str, int | float] |
 
 
 def factorize_like_(model: nn.Module, state: Mapping[str, Any]) -> nn.Module:
-    """Give the model the low-rank layers, and the ranks, of a saved one, in place; returns the model.  Numbers follow.
+    """Give the model the low-rank layers, and the ranks, of a saved one, in place; returns the model.  Its weights are
+    loaded afterwards.
 
     state: a state dict with keys "NAME.U" and "NAME.V", or anything by name that has a shape or a size, such as the
     metadata of a torch.distributed checkpoint.  Then `model.load_state_dict(state)`, or dcp.load.

@@ -35,7 +35,8 @@ class PairOptimizer(Optimizer):
     {"pairs": [(U, V), ...], "lr": ...} and {"params": [...], "lr": ...}, the latter for AdamW.  Schedulers, GradScaler,
     transformers' Trainer, Lightning and accelerate take it as any other optimizer.
 
-    rule: how a pair steps (`rules.Rule`); Muon on rank-r matrices if not said, which ended lower than Spectron's (chapter 18).
+    rule: how a pair steps (`rules.Rule`); Muon on rank-r matrices if not said, which ended lower than Spectron's
+    (notebook 18_equal_size).
     lr: the spectral norm of a step of W (0.02: Muon's own; the best of 0.01, 0.02 and 0.04 in the suite equal_rates; for
     `Spectron` 0.06 was).  adjust_lr_fn: by what lr is multiplied for a layer of a certain shape, under the names and with
     the default of torch.optim.Muon: "original", sqrt(max(1, m / n)); "match_rms_adamw"; or "none".
@@ -43,7 +44,7 @@ class PairOptimizer(Optimizer):
     weight_decay: decoupled; decay says of what: "factors", both by half, so that W shrinks by lr * weight_decay, or
     "product", the gradient step of the Frobenius norm of W.
     rest_lr, rest_betas, rest_eps, rest_weight_decay: AdamW's, for all else (0.01: embeddings and a head bear, and want, more
-    than AdamW's usual rate for matrices; ours, from single runs, flat between 0.006 and 0.024 there; chapter 16).
+    than AdamW's usual rate for matrices; ours, from single runs, flat between 0.006 and 0.024 there; notebook 16_alr).
 
     State is made at once; `state.Transport` carries it through a change of rank.
     ValueError: no pairs; what is no pair of fitting factors; a pair of which one factor is frozen; a setting out of range.

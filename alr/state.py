@@ -161,7 +161,7 @@ class Transport(_Policy):
     For Adam, AdamW, NAdam, RAdam, SGD with momentum, Muon, and `optim.PairOptimizer`; others are refused by name.
     first=False: the first moment starts again from zero and only the second is carried.  count=False: the moments are
     carried and the step counter of the changed factors starts again from zero, so that Adam takes its averages for young
-    ones and divides by 1 - beta^step once more.  Both are experiments of chapter 12.
+    ones and divides by 1 - beta^step once more.  Both are experiments of notebook 12_optimizer_reset.
     """
 
     first: bool = True

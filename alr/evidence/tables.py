@@ -30,7 +30,7 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 
 def _word(column: object, names: Mapping[str, str]) -> str:
     name = str(column)
-    ends = {"_low": "from", "_high": "to"}                      # the two ends of the interval beside it
+    ends = {"_low": "95 %: from", "_high": "to"}                # the two ends of the interval beside it
     return names.get(name) or WORDS.get(name) or next((w for e, w in ends.items() if name.endswith(e)), name.replace("_", " "))
 
 
@@ -43,7 +43,7 @@ def _cell(value: object, digits: int) -> Html:
     if isinstance(value, numbers.Integral):
         return tag("td", f"{int(value):,}".replace("-", "−"), class_="alr-number")
     if isinstance(value, numbers.Real):
-        return tag("td", f"{float(value):,.{digits}f}".replace("-", "−"), class_="alr-number")
+        return tag("td", f"{float(value):z,.{digits}f}".replace("-", "−"), class_="alr-number")
     if isinstance(value, Html):
         return tag("td", value)
     return tag("td", COMMIT.sub(lambda hit: hit[0][:7], str(value)))

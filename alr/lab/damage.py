@@ -1,4 +1,5 @@
-"""What cutting one layer does to the loss, and what could be said of it beforehand: the trial of chapter 15.
+"""What cutting one layer does to the loss, and what could be said of it beforehand: the trial of notebook
+15_how_much_rank.
 
 Dims: m out_features, n in_features, r rank, k rank kept.  W = U V, h = V x (r,), d = dloss/dh (r,), H = mean of h h^T (r, r),
 K = sum of d d^T per step times its loss terms (r, r), G = dloss/dW (m, n).

@@ -8,7 +8,8 @@ and read by screen readers, holds the claim, its verdict, the seeds and where th
 that is not in the register is a warning, and the book is built with warnings as errors. A page that uses the role is
 built again when the register changes. Without a data/claims.json every key is missing.
 
-The role {by}`key` says a difference in words, for prose: "4.0 nats per token lower". The interval is in the tooltip.
+The role {by}`key` says a difference in words, for prose: "4.0 nats per token lower". The interval is in the tooltip. The role
+{apart}`key` says where one thing ends beside another, whether or not that is sure: "0.020 above [0.005, 0.035]".
 """
 
 import json
@@ -20,6 +21,7 @@ from sphinx.util import logging
 from sphinx.util.docutils import SphinxRole
 
 from alr.evidence.claims import phrase
+from alr.evidence.stats import Interval
 
 CLAIMS = "data/claims.json"                # below the folder of the staged pages, as it is below the repository's
 PAGE = "notebooks/claims"                  # the page that has a row with the id claim-KEY for every claim
@@ -46,6 +48,19 @@ def in_words(claim: dict) -> str:
         raise ValueError(f"its interval is [{low}, {high}], so neither lower nor higher is sure; write {{val}}")
     words = f"{abs(claim['value']):#.2g}".rstrip(".") + f" {claim['unit']}"
     return f"{words.strip()} {'lower' if claim['value'] < 0 else 'higher'}"
+
+
+def beside(claim: dict) -> str:
+    """A difference as a place: '0.020 above [0.005, 0.035]'; a difference that rounds to zero is 'level with'.
+
+    ValueError where the claim is no difference, or has no interval.
+    """
+    if not str(claim.get("kind")).startswith("difference") or claim["low"] is None:
+        raise ValueError(f"it is a {claim.get('kind')} with the interval [{claim['low']}, {claim['high']}]; write {{val}}")
+    value, low, high = Interval(claim["value"], claim["low"], claim["high"], claim["n"]).words(claim["format"].lstrip("+"))
+    if not float(value.replace("\N{MINUS SIGN}", "-")):
+        return f"level with [{low}, {high}]"
+    return f"{value.lstrip(chr(0x2212))} {'below' if claim['value'] < 0 else 'above'} [{low}, {high}]"
 
 
 class ClaimLink(nodes.Inline, nodes.TextElement):
@@ -88,7 +103,7 @@ class Val(SphinxRole):
         try:
             text, note = self.says(claim)
         except ValueError as error:
-            logger.warning("by: claim %r cannot be said in words: %s.", key, error, location=self.get_location())
+            logger.warning("val: claim %r cannot be said in words: %s.", key, error, location=self.get_location())
             return [nodes.problematic(self.rawtext, self.rawtext)], []
         return [ClaimLink(self.rawtext, text, key=key, note=note)], []
 
@@ -100,8 +115,16 @@ class By(Val):
         return in_words(claim), f"{phrase(claim, unit=True)}. {tooltip(claim)}"
 
 
+class Apart(Val):
+    """A difference as a place; its unit is in the tooltip."""
+
+    def says(self, claim: dict) -> tuple[str, str]:
+        return beside(claim), f"{phrase(claim, unit=True)}. {tooltip(claim)}"
+
+
 def setup(app):
     app.add_node(ClaimLink, html=(visit, depart))
     app.add_role("val", Val())
     app.add_role("by", By())
+    app.add_role("apart", Apart())
     return {"version": "2", "parallel_read_safe": True, "parallel_write_safe": True}

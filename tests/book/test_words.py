@@ -1,4 +1,4 @@
-"""The role {by}: a difference said in words, and refused where no word for its sign is true."""
+"""The roles {by} and {apart}: a difference said in words, and refused where no word for its sign is true."""
 
 import importlib.util
 import json
@@ -36,6 +36,20 @@ def test_a_difference_is_said_with_its_sign_as_a_word(val, change, words):
 def test_what_is_no_sure_difference_is_refused(val, change, reason):
     with pytest.raises(ValueError, match=reason):
         val.in_words(CLAIM | change)
+
+
+@pytest.mark.parametrize("change, words", [
+    ({}, "0.065 below [−0.089, −0.041]"), ({"high": 0.02}, "0.065 below [−0.089, 0.020]"),
+    ({"value": 0.02, "low": 0.005, "high": 0.035, "format": "+.3f"}, "0.020 above [0.005, 0.035]"),
+    ({"value": -0.0004, "high": 0.02}, "level with [−0.089, 0.020]")])
+def test_where_one_thing_ends_beside_another_is_said_whether_or_not_it_is_sure(val, change, words):
+    assert val.beside(CLAIM | change) == words
+
+
+@pytest.mark.parametrize("change", [{"low": None, "high": None}, {"kind": "mean"}, {"kind": "ratio of means"}])
+def test_what_has_no_place_beside_another_is_refused(val, change):
+    with pytest.raises(ValueError, match="write {val}"):
+        val.beside(CLAIM | change)
 
 
 def page(folder: Path, claim: dict) -> tuple[str, str]:

@@ -236,7 +236,7 @@ def test_the_leaderboard_shows_the_records():
 def test_every_val_in_the_book_is_in_the_register():
     pages = [*ROOT.glob("book/**/*.md"), *ROOT.glob("notebooks/*.ipynb")]
     texts = [page.read_text(encoding="utf-8") for page in pages]
-    keys = {key for text in texts for key in re.findall(r"(?<!`` )\{val\}`([^`<>]+)`", text)}
+    keys = {key for text in texts for key in re.findall(r"(?<!`` )\{(?:val|by|apart)\}`([^`<>]+)`", text)}
     assert keys <= set(load())
 
 

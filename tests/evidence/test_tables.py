@@ -53,7 +53,7 @@ def test_a_frame_of_a_notebook_keeps_every_column_and_its_own_decimals():
     assert cells(html)[:5] == ["v8", "4.500", "0.50", "3", "a"] and cells(html)[-2:] == ["&ndash;", "3"]
     sizes = pd.DataFrame({"params_blocks": [297216.3333], "params_blocks_low": [297000.5], "ms": [1234.56]})
     assert cells(framed(sizes)) == ["297,216", "297,000", "1,234.6"]
-    assert cells(framed(sizes), "th") == ["parameters in the blocks", "from", "ms"]
+    assert cells(framed(sizes), "th") == ["parameters in the blocks", "95 %: from", "ms"]
     wide = pd.DataFrame([[1, 2]], index=["x"], columns=pd.MultiIndex.from_tuples([("cut", 8), ("cut", 16)]))
     assert cells(framed(wide), "th") == ["cut, 8", "cut, 16"]
     assert frame.columns.name == "arm" and wide.columns.nlevels == 2, "the frame itself is left alone"
