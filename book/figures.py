@@ -24,6 +24,7 @@ BOTH = {"v10": recipes.v10, "the budget recipe": recipes.alr}
 
 PICTURES: dict[str, Callable[[], Figure]] = {
     "own-null": lambda: diagrams.own_null(pd.read_csv(V8)),
+    "own-null-narrow": lambda: diagrams.own_null(pd.read_csv(V8), narrow=True),
     "cut": diagrams.cut,
     "forgotten": diagrams.forgotten,
     "loop": lambda: diagrams.loop(BOTH),

@@ -194,12 +194,14 @@ def mask(words: Sequence[str] = WORDS) -> Figure:
 # ---------------------------------------------------------------------------------- a log that refutes itself
 
 @drawn
-def own_null(log: pd.DataFrame) -> Figure:
+def own_null(log: pd.DataFrame, narrow: bool = False) -> Figure:
     """Two layers of v8's published log: leading singular values, and ranks.  log: data/published/v8_block0.csv.
+
+    narrow: one below the other, for a phone.
 
     attn_q is trained; attn_o has factors, and the script's forward pass never calls it.
     """
-    fig, (left, right) = plt.subplots(1, 2, figsize=(7.6, 3.2))
+    fig, (left, right) = plt.subplots(2, 1, figsize=(3.8, 5.6)) if narrow else plt.subplots(1, 2, figsize=(7.6, 3.2))
     for name, colour, dash, size, words in (("attn_q", BLUE, "-", 7, "trained"),
                                             ("attn_o", VERMILION, "--", 3.5, "never used by the model")):
         rows, words = log[log["layer"] == name].set_index("epoch"), f"{name}: {words}"

@@ -60,12 +60,13 @@ def test_an_optimizer_that_was_not_told_steps_the_old_factor():
     assert "never moves again" in said and "old U\n16 columns" in said
 
 
-def test_the_layer_that_nobody_trains_keeps_its_values_and_loses_its_rank_like_the_other():
+@pytest.mark.parametrize("narrow", [False, True])
+def test_the_layer_that_nobody_trains_keeps_its_values_and_loses_its_rank_like_the_other(narrow):
     log = pd.read_csv(DATA / "published" / "v8_block0.csv").set_index(["layer", "epoch"])
     idle, trained = log.loc["attn_o"], log.loc["attn_q"]
     assert idle["first"].nunique() == 1 and trained["first"].nunique() == len(trained) == 9
     assert (idle["rank"] == trained["rank"])[:-1].all() and idle["rank"].iloc[0] == 60
-    left, right = diagrams.own_null(log.reset_index()).axes
+    left, right = diagrams.own_null(log.reset_index(), narrow).axes
     np.testing.assert_array_equal(right.lines[0].get_ydata(), trained["rank"])
     np.testing.assert_array_equal(right.lines[1].get_ydata(), idle["rank"])
     assert len(left.lines) == 6
