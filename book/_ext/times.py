@@ -27,8 +27,8 @@ def table(runs: dict[str, dict]) -> list[str]:
     machines = " and ".join(sorted({run["processor"] for run in runs.values()}))
     days = sorted({run["day"] for run in runs.values()})
     when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
-    total = sum(run["seconds"] for run in runs.values()) / 60
-    return [*lines, "", f"Together {total:.0f} minutes, one thread each, on {machines}, {when}."]
+    total = round(sum(run["seconds"] for run in runs.values()) / 60)
+    return [*lines, "", f"Together {total} minute{'s' * (total != 1)}, one thread each, on {machines}, {when}."]
 
 
 class Times(SphinxDirective):
