@@ -34,9 +34,12 @@ class Interval(NamedTuple):
 
     def words(self, form: str, scale: float = 1.0) -> list[str | None]:
         """value, low and high as text in a format such as ".3f", each times `scale`; a true minus sign, and none of a zero."""
-        sign = form[:1] if form[:1] in ("+", "-", " ") else ""
-        form = f"{sign}z{form[len(sign):]}"                         # z: what rounds to zero is no negative zero
-        return [None if x is None else format(x * scale, form).replace("-", "\N{MINUS SIGN}") for x in self[:3]]
+        def one(x: float) -> str:
+            text = format(x * scale, form)
+            if set("0123456789") & set(text) == {"0"}:              # what rounds to zero is no negative zero
+                text = format(0.0, form)
+            return text.replace("-", "\N{MINUS SIGN}")
+        return [None if x is None else one(x) for x in self[:3]]
 
     def text(self, form: str, unit: str = "") -> str:
         """The value with its interval and unit, '4.430 [4.401, 4.459] nats', in one format; without what it has not."""

@@ -444,7 +444,7 @@ CLAIM = {"text": "It helps.", "value": -0.0651, "low": -0.0893, "high": -0.041, 
 
 def test_val_prints_value_interval_and_unit(val):
     assert val.phrase(CLAIM, unit=True) == "−0.065 [−0.089, −0.041] nats"
-    assert val.phrase(CLAIM | {"format": ".1f", "unit": ""}, unit=True) == "−0.1 [−0.1, −0.0]"
+    assert val.phrase(CLAIM | {"format": ".1f", "unit": ""}, unit=True) == "−0.1 [−0.1, 0.0]"
     assert val.phrase(CLAIM | {"low": None, "high": None}, unit=True) == "−0.065 nats"
     assert val.phrase(CLAIM | {"value": None, "verdict": "not recorded"}) == "not recorded"
     for word in ("It helps", "holds", "3 runs", "0, 1, 2", "data/runs/x"):
