@@ -111,15 +111,16 @@ class Val(SphinxRole):
 class By(Val):
     """A difference in words; value and interval go to the tooltip."""
 
+    words = staticmethod(in_words)
+
     def says(self, claim: dict) -> tuple[str, str]:
-        return in_words(claim), f"{phrase(claim, unit=True)}. {tooltip(claim)}"
+        return self.words(claim), f"{phrase(claim, unit=True)}. {tooltip(claim)}"
 
 
-class Apart(Val):
+class Apart(By):
     """A difference as a place; its unit is in the tooltip."""
 
-    def says(self, claim: dict) -> tuple[str, str]:
-        return beside(claim), f"{phrase(claim, unit=True)}. {tooltip(claim)}"
+    words = staticmethod(beside)
 
 
 def setup(app):

@@ -138,8 +138,9 @@
         if (parts[1] !== block) svg.append(text(41 + k * wide, 288, `block ${(block = parts[1])}`));
       });
       const roles = [...new Set(data.layers.map((layer) => layer.split(".").pop()))];            // in the order of a block
-      roles.map((role) => [role, data.colours[role]]).forEach(([role, colour], k) => svg.append(
-        make("rect", { x: 40 + (k % at_.keys) * at_.step, y: 300 + 20 * Math.floor(k / at_.keys), width: 12, height: 12, fill: colour }),
+      roles.forEach((role, k) => svg.append(
+        make("rect", { x: 40 + (k % at_.keys) * at_.step, y: 300 + 20 * Math.floor(k / at_.keys), width: 12, height: 12,
+                       fill: data.colours[role] }),
         text(57 + (k % at_.keys) * at_.step, 311 + 20 * Math.floor(k / at_.keys), role)));
       const x = scale(0, data.epochs.length - 1, at_.from, at_.to), v = scale(low, high, at_.deep, at_.peak);
       axes(svg, x, v, [0, data.epochs.length - 1], [low, high], "epoch", "validation loss (nats)", at_.peak - 12);
