@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .axes import Count, Estimate, Factors, ResizeRule
+from .estimate import loss_lost
 from .factor import core, core_cut, grow
 from .fisher import cut_along
 
@@ -29,10 +30,8 @@ def sensitivity(U: Tensor, V: Tensor, G: Tensor) -> tuple[Tensor, Tensor, Tensor
         raise FloatingPointError("sensitivity: the weight's gradient is not finite; the model has diverged.")
     S, A, B = core(U, V)                                            # (r,), (r, r), (r, r): U A = P S, B V = S Z^T
     half = torch.where(S > 0, S.rsqrt(), 0.0)                       # (r,)
-    A, B = A * half, half[:, None] * B                              # (r, r), (r, r)
-    inner = (U.detach().to(G).mT @ G @ V.detach().to(G).mT).double().cpu()      # (r, r): U^T G V^T
-    felt, order = ((A.mT @ inner) * B).sum(1).abs().sort(descending=True, stable=True)      # (r,), (r,)
-    return felt, A[:, order], B[order]
+    felt, order = loss_lost(U, V, G @ V.detach().to(G).mT).sort(descending=True, stable=True)       # (r,), (r,)
+    return felt, (A * half)[:, order], (half[:, None] * B)[order]
 
 
 @dataclass(frozen=True)

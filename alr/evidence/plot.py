@@ -84,13 +84,13 @@ def name_ends(ax, ends: Mapping[str, tuple[float, float, dict]], size: float = 9
         ax.text(1.05, height, name, transform=ax.transAxes, color=ink(look["color"]), fontsize=size, va="center")
 
 
-def _beside(mark: Bbox, wide: float, tall: float) -> Iterator[tuple[int, Bbox]]:
-    """(how far, place) for a name of that size around a mark, the nearest first; right and left before above and below."""
-    x, y = (mark.x0 + mark.x1) / 2, (mark.y0 + mark.y1) / 2
+def _beside(here: tuple[float, float], radius: float, wide: float, tall: float) -> Iterator[tuple[int, Bbox]]:
+    """(how far, place) for a name of that size around a round mark, the nearest first; right and left before above and below."""
+    x, y = here
     for ring in range(1, 15):
         for angle in (0, 180, 45, 135, -45, -135, 90, -90):
             right, up = math.cos(math.radians(angle)), math.sin(math.radians(angle))
-            reach = mark.width / 2 + 0.45 * tall * (2 * ring - 1)
+            reach = radius + 0.45 * tall * (2 * ring - 1)
             left = x + reach * right + (0.0 if right > 0.1 else -wide if right < -0.1 else -wide / 2)
             yield ring, Bbox.from_bounds(left, y + reach * up - tall / 2, wide, tall)
 
@@ -124,9 +124,8 @@ def name_points(ax, points: Mapping[str, tuple[float, float, dict]], lines: Sequ
         text = ax.text(0, 0, name, color=ink(look["color"]), fontsize=size, va="center",
                        path_effects=[withStroke(linewidth=2, foreground="white")])
         box = text.get_window_extent()
-        mark = Bbox.from_bounds(here[0] - 5 * dot, here[1] - 5 * dot, 10 * dot, 10 * dot)
         costs = {place: ring + _cost(place, here, at.values(), frame, [*taken, *marks], thin)
-                 for ring, place in _beside(mark, box.width, 1.1 * box.height)}
+                 for ring, place in _beside(here, 5 * dot, box.width, 1.1 * box.height)}
         place = min(costs, key=costs.get)
         taken.append(place)
         x, y = ax.transAxes.inverted().transform((place.x0, (place.y0 + place.y1) / 2))

@@ -34,12 +34,7 @@ class Interval(NamedTuple):
 
     def words(self, form: str, scale: float = 1.0) -> list[str | None]:
         """value, low and high as text in a format such as ".3f", each times `scale`; a true minus sign, and none of a zero."""
-        def one(x: float) -> str:
-            text = format(x * scale, form)
-            if set("0123456789") & set(text) == {"0"}:              # what rounds to zero is no negative zero
-                text = format(0.0, form)
-            return text.replace("-", "\N{MINUS SIGN}")
-        return [None if x is None else one(x) for x in self[:3]]
+        return [None if x is None else number(x * scale, form) for x in self[:3]]
 
     def text(self, form: str, unit: str = "") -> str:
         """The value with its interval and unit, '4.430 [4.401, 4.459] nats', in one format; without what it has not."""
@@ -47,6 +42,14 @@ class Interval(NamedTuple):
         if self.low is not None and self.low == self.high:              # equal numbers have no spread, hence no interval
             return f"{value} {unit}".rstrip() + f" in each of {self.n} runs"
         return f"{value if low is None else f'{value} [{low}, {high}]'} {unit}".rstrip()
+
+
+def number(x: float, form: str) -> str:
+    """A number as text in a format such as ",.3f", with a true minus sign, and none before what rounds to zero."""
+    text = format(x, form)
+    if set("0123456789") & set(text) == {"0"}:
+        text = format(abs(x), form)
+    return text.replace("-", "\N{MINUS SIGN}")
 
 
 def mean(x: Sequence[float], method: str = "t", level: float = 0.95) -> Interval:

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 import pandas as pd
 
 from .markup import DASH, Html, tag
+from .stats import number
 
 WORDS = {                               # columns of the records -> what a reader calls them
     "val_loss": "validation loss (nats)", "test_loss": "test loss (nats)",
@@ -41,9 +42,9 @@ def _cell(value: object, digits: int) -> Html:
     if isinstance(value, bool) or type(value).__name__ == "bool_":
         return tag("td", "yes" if value else "no")
     if isinstance(value, numbers.Integral):
-        return tag("td", f"{int(value):,}".replace("-", "−"), class_="alr-number")
+        return tag("td", number(int(value), ","), class_="alr-number")
     if isinstance(value, numbers.Real):
-        return tag("td", f"{float(value):z,.{digits}f}".replace("-", "−"), class_="alr-number")
+        return tag("td", number(float(value), f",.{digits}f"), class_="alr-number")
     if isinstance(value, Html):
         return tag("td", value)
     return tag("td", COMMIT.sub(lambda hit: hit[0][:7], str(value)))
