@@ -35,6 +35,7 @@ help: ## this list
 	@echo "  VENV=\"\$$CONDA_PREFIX\"      use that environment instead of making .venv"
 	@echo "  PROFILE=cpu                for book and pdf: minutes a chapter; full: the original's sizes, for a GPU"
 	@echo "  ONLY=10_v10                for refresh and test: one notebook"
+	@echo "  BOOK_URL=https://...       for book and pages: where you publish them, so that shared links show title and picture"
 	@echo "  ALR_DATA=folder            holds wikitext-2/ and tinyshakespeare/, if you have them"
 
 env:

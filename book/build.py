@@ -88,14 +88,30 @@ def repository() -> str | None:
     return f"https://{match[1]}/{match[2]}" if match else None
 
 
+def address() -> str | None:
+    """Where the book is published, $BOOK_URL, with a slash at its end.  SystemExit for what is no address on the web."""
+    asked = os.environ.get("BOOK_URL", "").strip()
+    if asked and not re.fullmatch(r"https?://[^\s\"<>]+", asked):
+        raise SystemExit(f'BOOK_URL is "{asked}"; wanted the whole address of the published book, as in https://example.org/alr/.')
+    return asked.rstrip("/") + "/" if asked else None
+
+
+def announced(front: str, url: str) -> str:
+    """The front page with its whole address, and that of the picture which a shared link shows: both have to be whole."""
+    kind = '    "property=og:type": "book"\n'
+    return front.replace(kind, f'{kind}    "property=og:url": "{url}"\n    "property=og:image": "{url}_static/readme.png"\n')
+
+
 def configuration() -> dict:
-    """book/_config.yml with the repository's address; without one, without the buttons that need it."""
+    """book/_config.yml with the addresses of the repository and of the book; without the first, without its buttons."""
     config = yaml.safe_load((ROOT / "book" / "_config.yml").read_text(encoding="utf8"))
     url = repository()
     if url:
         config["repository"]["url"] = url
     else:
         del config["repository"], config["launch_buttons"], config["html"]["use_repository_button"]
+    if address():
+        config["html"]["baseurl"] = address()                    # each page names its own, for search engines
     return config
 
 
@@ -135,6 +151,8 @@ def stage(run: Path) -> None:
         text = unlink(path.read_text(encoding="utf8"), path.stem, absent)
         if path.stem in empty:                                   # a list of no pages would be a warning
             text = text.replace("```{tableofcontents}\n```\n", "")
+        if path.stem == toc["root"] and address():
+            text = announced(text, address())
         path.write_text(text, encoding="utf8")
     (SRC / "_toc.yml").write_text(yaml.safe_dump(toc, sort_keys=False), encoding="utf8")
     (SRC / "_config.yml").write_text(yaml.safe_dump(configuration(), sort_keys=False), encoding="utf8")

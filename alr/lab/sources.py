@@ -221,9 +221,9 @@ def pydoc_documents(lib: Path | None = None) -> list[tuple[str, str]]:
     rules, and a hash of the list of files, for distributions leave out different parts of the library.
     """
     lib = Path(lib or sysconfig.get_path("stdlib"))
-    files = [p.relative_to(lib) for p in sorted(lib.rglob("*.py"), key=lambda p: p.relative_to(lib).parts)]
-    files = [p for p in files if p.parts[0].removesuffix(".py") in sys.stdlib_module_names
-             and not {"test", "tests", "idle_test", "site-packages", "dist-packages"} & set(p.parts)]
+    tops = [p for p in lib.iterdir() if p.name.removesuffix(".py") in sys.stdlib_module_names]       # not site-packages
+    files = [p.relative_to(lib) for top in tops for p in (top.rglob("*.py") if top.is_dir() else [top])]
+    files = sorted((p for p in files if not {"test", "tests", "idle_test"} & set(p.parts)), key=lambda p: p.parts)
     topics = Path("pydoc_data", "topics.py")
     if topics not in files:
         raise FileNotFoundError(f"corpus: pydoc needs {lib / topics}, which this Python does not have; install the "

@@ -508,6 +508,21 @@ def test_a_button_leads_to_a_notebook_that_runs_there(build, monkeypatch):
     assert "colab_url" not in buttons and not buttons["thebe"]
 
 
+def test_a_published_book_says_where_it_lies(build, monkeypatch):
+    monkeypatch.setenv("BOOK_URL", "https://example.org/alr")
+    assert build.configuration()["html"]["baseurl"] == "https://example.org/alr/"
+    front = build.announced((ROOT / "book" / "intro.md").read_text(encoding="utf8"), build.address())
+    found = yaml.safe_load(front.split("---")[1])["myst"]["html_meta"]
+    assert found["property=og:url"] == "https://example.org/alr/"
+    picture = found["property=og:image"].removeprefix(found["property=og:url"])
+    assert (ROOT / "book" / picture).exists()
+    monkeypatch.setenv("BOOK_URL", "example.org")
+    with pytest.raises(SystemExit, match="whole address"):
+        build.address()
+    monkeypatch.delenv("BOOK_URL")
+    assert build.address() is None and "baseurl" not in build.configuration()["html"]
+
+
 def test_val_in_a_page(tmp_path):
     (tmp_path / "data").mkdir()
     register = tmp_path / "data" / "claims.json"
