@@ -9,7 +9,8 @@ that is not in the register is a warning, and the book is built with warnings as
 built again when the register changes. Without a data/claims.json every key is missing.
 
 The role {by}`key` says a difference in words, for prose: "4.0 nats per token lower". The interval is in the tooltip. The role
-{apart}`key` says where one thing ends beside another, whether or not that is sure: "0.020 above [0.005, 0.035]".
+{apart}`key` says where one thing ends beside another, whether or not that is sure: "0.020 [0.005, 0.035] above". The role
+{num}`key` prints value and interval without the unit, where the sentence has said it.
 """
 
 import json
@@ -51,16 +52,20 @@ def in_words(claim: dict) -> str:
 
 
 def beside(claim: dict) -> str:
-    """A difference as a place: '0.020 above [0.005, 0.035]'; a difference that rounds to zero is 'level with'.
+    """A difference as a place: '0.020 [0.005, 0.035] above', '0.003 [-0.013, 0.019] below'; 'level [..] with' where it rounds
+    to zero.  Below, the interval counts downwards, as its value does.
 
     ValueError where the claim is no difference, or has no interval.
     """
     if not str(claim.get("kind")).startswith("difference") or claim["low"] is None:
         raise ValueError(f"it is a {claim.get('kind')} with the interval [{claim['low']}, {claim['high']}]; write {{val}}")
-    value, low, high = Interval(claim["value"], claim["low"], claim["high"], claim["n"]).words(claim["format"].lstrip("+"))
-    if not float(value.replace("\N{MINUS SIGN}", "-")):
-        return f"level with [{low}, {high}]"
-    return f"{value.lstrip(chr(0x2212))} {'below' if claim['value'] < 0 else 'above'} [{low}, {high}]"
+    form, below = claim["format"].lstrip("+"), claim["value"] < 0
+    ends = (-claim["high"], -claim["low"]) if below else (claim["low"], claim["high"])
+    value, low, high = Interval(abs(claim["value"]), *ends, claim["n"]).words(form)
+    if not float(value):
+        _, low, high = Interval(0.0, claim["low"], claim["high"], claim["n"]).words(form)
+        return f"level [{low}, {high}] with"
+    return f"{value} [{low}, {high}] {'below' if below else 'above'}"
 
 
 class ClaimLink(nodes.Inline, nodes.TextElement):
@@ -117,6 +122,12 @@ class By(Val):
         return self.words(claim), f"{phrase(claim, unit=True)}. {tooltip(claim)}"
 
 
+class Num(By):
+    """Value and interval; the unit is in the tooltip."""
+
+    words = staticmethod(phrase)
+
+
 class Apart(By):
     """A difference as a place; its unit is in the tooltip."""
 
@@ -128,4 +139,5 @@ def setup(app):
     app.add_role("val", Val())
     app.add_role("by", By())
     app.add_role("apart", Apart())
+    app.add_role("num", Num())
     return {"version": "2", "parallel_read_safe": True, "parallel_write_safe": True}

@@ -39,9 +39,9 @@ def test_what_is_no_sure_difference_is_refused(val, change, reason):
 
 
 @pytest.mark.parametrize("change, words", [
-    ({}, "0.065 below [−0.089, −0.041]"), ({"high": 0.02}, "0.065 below [−0.089, 0.020]"),
-    ({"value": 0.02, "low": 0.005, "high": 0.035, "format": "+.3f"}, "0.020 above [0.005, 0.035]"),
-    ({"value": -0.0004, "high": 0.02}, "level with [−0.089, 0.020]")])
+    ({}, "0.065 [0.041, 0.089] below"), ({"high": 0.02}, "0.065 [−0.020, 0.089] below"),
+    ({"value": 0.02, "low": 0.005, "high": 0.035, "format": "+.3f"}, "0.020 [0.005, 0.035] above"),
+    ({"value": -0.0004, "high": 0.02}, "level [−0.089, 0.020] with")])
 def test_where_one_thing_ends_beside_another_is_said_whether_or_not_it_is_sure(val, change, words):
     assert val.beside(CLAIM | change) == words
 
