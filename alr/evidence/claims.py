@@ -109,7 +109,7 @@ def _wide(low: float, high: float, claim: dict) -> list[str]:
     if claim.get("ratio"):
         low, high = math.log(low), math.log(high)
     half, needed = (high - low) / 2, bar(claim)
-    return [f"cannot be decided at this n: half width {half:.2g}, bar {needed:.2g}"] * (0 < needed < half)
+    return [f"underpowered: half width {half:.2g}, bar {needed:.2g}"] * (0 < needed < half)
 
 
 def _p(sides, claim) -> float | None:

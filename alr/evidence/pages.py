@@ -18,11 +18,12 @@ from pathlib import Path
 
 import pandas as pd
 
-from . import records
+from . import archive, records
 from .claims import condition, phrase, read
 from .markup import BR, DASH, GAP, VERDICTS, Html, join, pill, tag
 from .paths import NOTEBOOKS, RUNS
 from .records import Runs, natural, one_per_seed, runs
+from .register import named
 from .stats import Interval, benjamini_hochberg, compare, holm, mean
 
 NOTHING = "not recorded yet"
@@ -76,7 +77,7 @@ def title(chapter: str) -> Html | str:
     return tag("a", first.lstrip("# "), href=f"{chapter}.html")
 
 
-def _claim_row(key: str, c: dict) -> Html:
+def _claim_row(key: str, c: dict, marks: Sequence[str] = ()) -> Html:
     note = [BR, _quiet(c["note"])] if c["note"] and c["n"] else []
     value = [DASH]
     if c["value"] is not None:                  # value, interval and unit, each on a line
@@ -87,19 +88,35 @@ def _claim_row(key: str, c: dict) -> Html:
         _cell(c["text"], BR, tag("code", key, class_="alr-key"), *note, id=f"claim-{key}"),
         _cell(condition(c) or DASH, class_="alr-rule"),
         _number_cell(*value, title=c["source"]),
-        _number_cell(c["n"] or DASH, title=seeds), _cell(pill(c["verdict"])))
+        _number_cell(c["n"] or DASH, title=seeds),
+        _cell(pill(c["verdict"]), *(x for mark in marks for x in (BR, _quiet(mark)))))
 
 
-def claims_table(claims: Mapping[str, dict] | None = None) -> Html:
+def marks(claims: Mapping[str, dict], register: Mapping[str, dict]) -> dict[str, list[str]]:
+    """What a reader of a verdict has to know beside it, by key: that its records are of earlier code (data/archive.toml), that
+    it holds among all others by a correction."""
+    old = {name: set(archive.arms(name)) for c in register.values() for name in named(c)}
+    found = {k: ["earlier code"] for k, c in register.items()
+             if any(old[name] & set(c.get("arms") or [c["single"]]) for name in named(c))}
+    tested = [k for k, c in claims.items() if c.get("p") is not None]
+    for name, correct in (("holds by Holm", holm), ("holds by Benjamini-Hochberg", benjamini_hochberg)):
+        for k, p in zip(tested, correct([claims[k]["p"] for k in tested]) if tested else []):
+            if p < 0.05 and "holds by Holm" not in found.get(k, []):
+                found.setdefault(k, []).append(name)
+    return found
+
+
+def claims_table(claims: Mapping[str, dict] | None = None, beside: Mapping[str, Sequence[str]] | None = None) -> Html:
     """What claims.json says, by chapter: claim and key, the rule fixed beforehand, value and 95 % interval, runs, verdict.
 
     Claims come first, then the figures that the chapter's text quotes.  The source of a value is its tooltip.
+    beside: `marks`, small below the verdicts.
     """
     claims, rows = read() if claims is None else claims, []
     for chapter in sorted({c["chapter"] for c in claims.values()}, key=natural):
         mine = {k: c for k, c in claims.items() if c["chapter"] == chapter}
         rows.append(_row(tag("th", title(chapter), colspan=5, scope="rowgroup"), class_="alr-chapter"))
-        rows += [_claim_row(k, mine[k]) for k in sorted(mine, key=lambda k: mine[k]["rule"] is None)]
+        rows += [_claim_row(k, mine[k], (beside or {}).get(k, ())) for k in sorted(mine, key=lambda k: mine[k]["rule"] is None)]
     return _table(["claim", "rule", "value [95 %]", "runs per arm", "verdict"], rows, "alr-claims")
 
 

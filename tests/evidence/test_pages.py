@@ -101,6 +101,20 @@ def test_the_register_has_a_row_a_claim_with_rule_value_and_verdict(root):
     assert words == "1&nbsp;holds &nbsp; 1&nbsp;not recorded"
 
 
+def test_a_verdict_says_what_stands_beside_it():
+    """Records of earlier code, and the corrections under which it holds: as many as the counts say."""
+    register, found = load(), claims.read()
+    marks = pages.marks(found, register)
+    old = {(one.suite, arm) for one in archive.load() for arm in one.arms}
+    earlier = {k for k, words in marks.items() if "earlier code" in words}
+    assert earlier == {k for k, c in register.items() for name in named(c)
+                       if any((name, arm) in old for arm in c.get("arms") or [c["single"]])} and len(earlier) > 10
+    left, words = pages.together(found), [word for mark in marks.values() for word in mark]
+    assert words.count("holds by Holm") == left["Holm"]
+    assert words.count("holds by Holm") + words.count("holds by Benjamini-Hochberg") == left["Benjamini-Hochberg"]
+    assert pages.claims_table(found, marks).count("earlier code") == len(earlier)
+
+
 def test_what_is_left_of_many_claims():
     claims = {str(i): {"p": p} for i, p in enumerate([0.04, 0.01, 0.03, 0.005, None])}
     assert pages.together(claims) == {"tested": 4, "hold": 4, "Holm": 2, "Benjamini-Hochberg": 4}
