@@ -48,7 +48,7 @@ book: env ## run the stale notebooks (ARGS=--all: every one), build the HTML boo
 pages: env ## the HTML book from the notebooks' committed outputs, none of them run: about a minute
 	@$(PY) book/build.py html --stored
 
-test: env ## unit tests, then the notebooks as committed (nbval) that have not passed here (ARGS=--all: every one)
+test: env ## unit tests, then nbval of the tour and of stale notebooks (ONLY=10_v10: that one; ARGS=--all: every one, as CI)
 	@TQDM_DISABLE=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile tests
 	@$(PY) book/notebooks.py check $(ONLY) $(MORE)
 

@@ -85,7 +85,7 @@ def name_ends(ax, ends: Mapping[str, tuple[float, float, dict]], size: float = 9
 
 
 def _beside(here: tuple[float, float], radius: float, wide: float, tall: float) -> Iterator[tuple[int, Bbox]]:
-    """(how far, place) for a name of that size around a round mark, the nearest first; right and left before above and below."""
+    """(how far, place) for a name of that size around a round mark, nearest first; right and left before above and below."""
     x, y = here
     for ring in range(1, 15):
         for angle in (0, 180, 45, 135, -45, -135, 90, -90):

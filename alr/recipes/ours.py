@@ -19,7 +19,8 @@ uniform = Recipe("uniform", rank=32, init=Spectral(), cap="min",
 # v10 with every flaw of `flaws.FLAWS` undone, and a spectral start (the scripts start small and Gaussian)
 repaired = Recipe("repaired", rank=64, init=Spectral(), estimate=StableRank(), control=Bidirectional(),
                   resize=SvdCore(), state=Transport(), every=200, epoch=200, cap="break-even",
-                  about="v10 repaired: exact estimate, QR-core resize, moments carried over, no rank above break-even")
+                  about="v10 repaired: exact estimate, QR-core resize, moments carried over, no rank above break-even, "
+                        "spectral start")
 
 # ours: start with as many numbers as dense, shrink to a sixth over four fifths of training, importance and cut in the metric of
 # the loss; made for alr.PairOptimizer.  Start and end: suite equal_schedule.  Before: rank=64

@@ -248,6 +248,20 @@ def test_only_stale_chapters_run_and_the_others_are_as_committed(notebooks, root
     assert {path: path.read_bytes() for path in chapters} == stored
 
 
+def test_what_is_stale_and_the_tour_are_checked_and_with_all_every_one(notebooks, root, monkeypatch, capsys):
+    chapters, checked = notebooks.find([]), []
+    notebooks.refresh(chapters)
+    monkeypatch.setattr(notebooks, "TOUR", "02_other")
+    monkeypatch.setattr(notebooks, "process", lambda command: (checked.append(Path(command[-1]).stem), True, "", 1.0)[1:])
+    notebooks.check(chapters)
+    assert checked == ["02_other"] and "1 of 2 chapters are as committed; make test ARGS=--all" in capsys.readouterr().out
+    notebooks.check(chapters, everything=True)                      # what has passed is not repeated
+    assert checked == ["02_other", "01_train"]
+    edit(root, "notebooks/01_train.ipynb", "train(3)", "train(4)")
+    notebooks.check(chapters)
+    assert checked == ["02_other", "01_train", "01_train"]
+
+
 def test_new_words_reach_the_page_without_a_run(notebooks, root):
     chapters = notebooks.find(["01_train"])
     notebooks.run(chapters, "")
