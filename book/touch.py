@@ -124,7 +124,7 @@ def still_targets(data: dict) -> Figure:
     fig, ax = plt.subplots(figsize=(7.6, 3.6))
     safety = data["control"]["safety"]
     ax.step(range(1, len(data["targets"]) + 1), [safety * t for t in data["targets"]], color=GREY, where="post",
-            label=f"{safety} x target")
+            label=f"{safety} x stable rank")
     ax.step(range(len(data["ranks"])), data["ranks"], color=VERMILION, where="post", label="rank")
     ax.set(xlabel="decision (one per epoch)", ylabel="rank (directions)", ylim=(0, None), title=data["layer"])
     ax.legend()

@@ -180,7 +180,7 @@
       const cost = costs(m, n, r), x = scale(1, full, 50, at.right), y = scale(0, high, 270, 30);
       size(svg, ...(narrow.matches ? [360, 655] : [720, 330]));
       svg.replaceChildren();
-      axes(svg, x, y, [1, Math.round(full / 2), full], ticks(high, 4).filter((v) => v <= high), "singular value (index)", "its size");
+      axes(svg, x, y, [1, Math.round(full / 2), full], ticks(high, 4).filter((v) => v <= high), "singular value (index)", "singular value");
       svg.append(make("rect", { x: 50, y: 30, width: x(r) - 50, height: 240, fill: BLUE, opacity: 0.12 }),
                  line(data.start.map((s, i) => [i + 1, s]), x, y, GREY), line(data.trained.map((s, i) => [i + 1, s]), x, y, BLUE),
                  make("line", { x1: x(cost.break_even), x2: x(cost.break_even), y1: 30, y2: 270, stroke: VERMILION, "stroke-dasharray": "3 3" }),
@@ -222,8 +222,8 @@
       svg.replaceChildren();
       axes(svg, x, y, [0, Math.round((path.length - 1) / 2), path.length - 1], ticks(high, 4).filter((v) => v <= high), "decision", "rank");
       svg.append(line(wanted.map((w, i) => [i + 1, w]), x, y, GREY, { "stroke-dasharray": "4 3" }),
-                 line(stairs(data.ranks), x, y, INK, { "stroke-width": 1 }), line(stairs(path), x, y, VERMILION),
-                 ...["vermilion: your controller;", "black: as recorded;", "dashed: safety x target"].map((key, i) => narrow.matches
+                 line(stairs(data.ranks), x, y, INK, { "stroke-width": 5 }), line(stairs(path), x, y, VERMILION),
+                 ...["vermilion: your controller;", "black: as recorded;", "dashed: safety x stable rank"].map((key, i) => narrow.matches
                    ? text(50, 326 + 18 * i, key) : text([50, 222, 350][i], 318, key)));
       const last = path[path.length - 1], moves = path.filter((r, i) => i && r !== path[i - 1]).length;
       words_.textContent = `The rank ends at ${last} (recorded: ${data.ranks[data.ranks.length - 1]}) after ${moves} moves in `
