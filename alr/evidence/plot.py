@@ -23,7 +23,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from matplotlib.transforms import Bbox
 
 from .claims import phrase
@@ -303,6 +303,10 @@ def spectrum(values: Mapping[str, Sequence[float]], estimates: Mapping[str, floa
                    linewidth=1.6, label=f"{name}: {k:.1f}")
     ax.set(xlabel="singular value (index, largest first)", ylabel="size (share of the largest)", title=title)
     ax.set_yscale("log")
+    low, high = ax.get_ylim()
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 4, 6) if high / low < 30 else (1,), numticks=30))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.yaxis.set_minor_locator(NullLocator())
     _legend(fig)
     return fig
 
