@@ -10,8 +10,10 @@
 import signal
 import sys
 
-if sys.argv[:1] == ["-m"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    # `python -m alr.train` imports this first, for seconds: until it has begun, Ctrl-C ends it without a traceback
+if sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)].removeprefix("-m").startswith("alr.") \
+        and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # `python -m alr.train` imports this first, for seconds: until it has begun, Ctrl-C ends it without a traceback.  Other
+    # programs keep their Ctrl-C: nobody in them calls `lab.stop.listen`
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from . import integrations, recipes

@@ -13,7 +13,7 @@ import numbers
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -21,6 +21,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from .axes import (
+    Axis,
     Control,
     Count,
     Estimate,
@@ -40,8 +41,20 @@ from .control import Hold
 from .factor import break_even, check_rank, mix_change, relative_change, uncast
 from .group import Group
 from .init import Spectral
-from .linear import LowRankLinear, Where, dense_weight, factorize_, low_rank_layers, picks, refuse_wrapped, successor, unwrapped
-from .observe import PER, Observer, Seen, grams, to_host
+from .linear import (
+    LowRankLinear,
+    Where,
+    dense_weight,
+    factorize_,
+    holders,
+    low_rank_layers,
+    picks,
+    refuse_wrapped,
+    sharing,
+    successor,
+    unwrapped,
+)
+from .observe import PER, Observer, Seen, check_steps, grams, to_host
 from .resize import SvdCore
 from .state import Move, Plan, Swap, Transport, holder, place_of
 
@@ -53,7 +66,8 @@ class Recipe:
     """A way to train with adaptive rank: one value on each axis, and when to act.  Its repr reads back (`recipes.parse`).
 
     every, offset, warmup and stop are optimizer steps; `epoch` is the number of steps that the numbers were written for
-    (the scripts count epochs), so that `paced` can move a recipe to another epoch length.
+    (the scripts count epochs), so that `paced` can move a recipe to another epoch length.  rank as a dict: layers that it
+    does not name, or that `where` leaves out, stay dense.
     ValueError for a field of another type or range, and for axes that do not fit each other.
     """
 
@@ -116,31 +130,38 @@ class Recipe:
         return first if self.stop is None or first <= self.stop else None
 
     def paced(self, epoch: int) -> Recipe:
-        """The same recipe on a clock of `epoch` steps per epoch.  Axes that count steps are `paced` in their own way."""
+        """The same recipe on a clock of `epoch` steps per epoch.  Axes that count steps are `paced` in their own way.
+
+        An offset of 0 or 1 stays, the last or the first batch of an epoch; so does a `Schedule`, whose steps are the run's.
+        """
         factor = epoch / self.epoch
         def scale(steps):
             return None if steps is None else round(steps * factor)
-        axes = {axis: value.paced(factor) for axis in ("estimate", "control", "gradient")
-                if (value := getattr(self, axis)) is not None}
+        axes = {f.name: value.paced(factor) for f in fields(self) if isinstance(value := getattr(self, f.name), Axis)}
         return replace(self, every=max(1, scale(self.every)), warmup=scale(self.warmup), stop=scale(self.stop),
-                       epoch=epoch, **axes)
+                       offset=self.offset if self.offset < 2 else max(1, scale(self.offset)), epoch=epoch, **axes)
 
     def limit(self, layer: nn.Module) -> int:
         """The largest rank that this recipe gives a layer (dense or LowRankLinear)."""
         m, n = (layer.out_features, layer.in_features) if isinstance(layer, LowRankLinear) else dense_weight(layer).shape
-        return min(min(m, n), break_even(m, n)) if self.cap == "break-even" else min(m, n)
+        return break_even(m, n) if self.cap == "break-even" else min(m, n)
 
     def prepare(self, model: nn.Module, where: Where = None) -> nn.Module:
-        """factorize_ the model's layers as the recipe starts, in place; returns the model.  Dense recipes change nothing."""
+        """factorize_ the model's layers as the recipe starts, in place; returns the model.  Dense recipes change nothing.
+
+        Only layers that both `where` and the recipe's own pick.
+        """
         if self.rank is None:
             return model
+        def both(name):
+            return picks(where, name) and picks(self.where, name)
         if isinstance(self.rank, dict):
-            return factorize_(model, self.rank, None, self.init, self.op)
+            return factorize_(model, self.rank, both, self.init, self.op)
         def start(name, linear):
             if isinstance(self.rank, float):
                 return self.rank
             return min(self.control.for_layer(name).first_rank(self.rank), self.limit(linear))
-        return factorize_(model, start, lambda name: picks(where, name) and picks(self.where, name), self.init, self.op)
+        return factorize_(model, start, both, self.init, self.op)
 
 
 class Resize(NamedTuple):
@@ -153,7 +174,8 @@ class Resize(NamedTuple):
     layer: str
     old: int
     new: int
-    target: float                       # the estimate that the controller saw; of a spectrum its effective number
+    target: float                       # the estimate that the controller saw; of a spectrum its effective number; by hand,
+                                        # where nothing was estimated, the new rank
     error: float                        # ||W - W'||_F / ||W||_F
 
 
@@ -192,8 +214,8 @@ class RankAdapter:
 
     A layer that is frozen keeps its factors, and its parameters count as spent.
 
-    ValueError: no LowRankLinear in the model; a wrapped or sharded model; a trained factor that no optimizer holds; a
-    controller that plans over the whole run, and no total_steps, or so few that no decision ever comes.
+    ValueError: no LowRankLinear in the model; a wrapped or sharded model; a trained factor that no optimizer holds; a factor
+    that another module holds too; a controller that plans over the whole run, and no total_steps.
     TypeError: what is no recipe or no optimizer; an optimizer that the state policy refuses.
 
         >>> from alr import PairOptimizer, recipes
@@ -213,7 +235,7 @@ class RankAdapter:
         refuse_wrapped(model, "RankAdapter")
         if per not in PER:
             raise ValueError(f"RankAdapter: per is {per!r}; wanted one of {', '.join(PER)}.")
-        self.model, self.recipe, self.total_steps, self.per = model, recipe, total_steps, per
+        self.model, self.recipe, self.per = model, recipe, per
         self.optimizers = [bare(o) for o in ([optimizer] if isinstance(optimizer, Optimizer) else listed(optimizer))]
         self.group = group if isinstance(group, Group) else Group(group)
         self.layers = {name: layer for name, layer in low_rank_layers(model).items() if picks(recipe.where, name)}
@@ -221,19 +243,23 @@ class RankAdapter:
             raise ValueError("RankAdapter: the model holds no LowRankLinear" + (f" that where={recipe.where} picks"
                              if low_rank_layers(model) else "") + "; call alr.factorize_(model, rank=...) or "
                              "recipe.prepare(model) before the optimizer is made.")
+        self.total_steps = self._check_plan(total_steps)
         self.steps, self.losses, self.seconds = 0, [], 0.0
         self.stale: dict[str, list] = {}            # under Stale: layer -> shapes that the optimizer still holds
         self.grouped: dict[str, tuple] = {}         # by recipe.gradient: layer -> what it did last
         self.observer: Observer | None = None       # while a window is open
-        self._check_plan()
+        self._dropped: int | None = None            # the step of the decision whose window was dropped last
+        self._closed = False
         self._check_own()
         self._known = {name: (layer.U, layer.V) for name, layer in self.layers.items()}
         if self.layers:
             recipe.state.check(self.optimizers)
             self.check_held()
             self._check_momentum()
-            if warning := recipe.control.warning(list(self.ranks.values()), self.shapes):
-                warnings.warn(f"RankAdapter: {warning}", stacklevel=2)
+            ranks, shapes = list(self.ranks.values()), self.shapes
+            for control, mine in recipe.control.parts(list(self.layers)):
+                if warning := control.warning([ranks[i] for i in mine], [shapes[i] for i in mine]):
+                    warnings.warn(f"RankAdapter: {warning}", stacklevel=2)
         self.memory = recipe.control.init(list(self.ranks.values()))
         self._check_alike()
         # Time is kept twice.  `steps` counts the calls of step() that count, and the recipe goes by it.  What the optimizers
@@ -243,12 +269,10 @@ class RankAdapter:
         self._mark = None                           # the gradient that the last optimizer step used: was there another since?
         self._warned = set()                        # what has been said already
         self._listen()
-        if recipe.gradient is not None:
-            recipe.gradient.attach(self)
         self._arm()
 
-    def _check_plan(self) -> None:
-        r, total = self.recipe, self.total_steps
+    def _check_plan(self, total: int | None) -> int | None:
+        r = self.recipe
         if total is not None and (isinstance(total, bool) or not isinstance(total, numbers.Integral) or total < 1):
             raise ValueError(f"RankAdapter: total_steps is {total!r}; wanted the number of optimizer steps, at least 1.")
         if total is None and r.control.needs_total_steps:
@@ -259,6 +283,7 @@ class RankAdapter:
             warnings.warn("RankAdapter: the first decision would come " + (f"at step {first}" if first else "never") +
                           f", and the run has {total}: no rank will ever move. Decide more often: "
                           f"dataclasses.replace(recipe, every={max(1, total // 20)}).", stacklevel=3)
+        return None if total is None else int(total)
 
     # ---------------------------------------------------------------- what is there
 
@@ -282,6 +307,13 @@ class RankAdapter:
             if "U" not in layer._parameters or "V" not in layer._parameters:
                 raise ValueError(f"RankAdapter: the factors of {name!r} are computed (parametrised or pruned), not Parameters "
                                  "of their own, so their rank cannot change; undo that first.")
+        held = holders(self.model)
+        for name, layer in self.layers.items():
+            for key in "UV":
+                if others := sharing(held, layer, key):
+                    raise ValueError(f"RankAdapter: {name!r} shares its {key} with {others[0]!r}, so its rank cannot change "
+                                     f"alone. Give it a factor of its own before the optimizer is made: layer.{key} = "
+                                     f"nn.Parameter(layer.{key}.detach().clone()).")
 
     @torch.no_grad()
     def _check_alike(self) -> None:
@@ -329,9 +361,10 @@ class RankAdapter:
         """TypeError, where the resize reads tangent momentum, for a layer whose optimizer keeps none."""
         if not self.recipe.resize.momentum:
             return
+        frozen = self.frozen
         for name, layer in self.layers.items():
             optimizer = holder(self.optimizers, layer.U)
-            if name not in self.frozen and not keeps_tangent(optimizer):
+            if name not in frozen and not keeps_tangent(optimizer):
                 rule = f" with rule={optimizer.rule!r}" if hasattr(optimizer, "rule") else ""
                 raise TypeError(f"RankAdapter: {self.recipe.resize!r} reads the momentum of W as a tangent vector, and "
                                 f"{name!r} is stepped by {type(optimizer).__name__}{rule}, which keeps none. Write "
@@ -344,10 +377,13 @@ class RankAdapter:
     # ---------------------------------------------------------------- the clock
 
     def _listen(self) -> None:
-        self._handles = [optimizer.register_step_post_hook(self._stepped) for optimizer in self.optimizers]
+        gradient = self.recipe.gradient
+        self._handles = [] if gradient is None else list(gradient.attach(self))
+        self._handles += [optimizer.register_step_post_hook(self._stepped) for optimizer in self.optimizers]
 
     def close(self) -> None:
         """Leave model and optimizers as they would be without the adapter."""
+        self._closed = True
         for handle in self._handles:
             handle.remove()
         if self.observer is not None:
@@ -400,8 +436,8 @@ class RankAdapter:
         if after and self._since == 1 and self._mark is not None and self._gradient() not in (None, self._mark):
             self._out_of_order()
         self._counts = [0] * len(self.optimizers)
-        self.steps += 1
         self._adopt()
+        self.steps += 1
         if self.observer is not None:
             self.observer.commit()
         events = self.adapt() if self.recipe.due(self.steps) and not self._blind() else []
@@ -413,7 +449,7 @@ class RankAdapter:
 
     def _blind(self) -> bool:
         """Is there nothing to decide by, since the window before this decision was dropped?"""
-        dropped = "window" in self._warned and self.observer is None and bool(self.recipe.observes)
+        dropped = self._dropped == self.steps and self.observer is None and bool(self.recipe.observes)
         return dropped and not self._finished(self.steps)
 
     def _out_of_order(self) -> None:
@@ -425,7 +461,7 @@ class RankAdapter:
     def _arm(self) -> None:
         """Open a window, if the next decision is near and somebody wants to see what comes before it."""
         r = self.recipe
-        if self.observer is not None or not r.observes or not self.layers:
+        if self.observer is not None or not r.observes or not self.layers or self._closed:
             return
         due = r.next_due(self.steps)
         if due is None or due - self.steps > r.window or self._finished(due):
@@ -433,12 +469,34 @@ class RankAdapter:
         self.observe(due - self.steps)
 
     def observe(self, steps: int | None = None) -> None:
-        """Open a window of so many optimizer steps (the recipe's, if not said), for an `adapt()` by hand."""
+        """Open a window of so many optimizer steps (the recipe's, if not said), for an `adapt()` by hand.
+
+        A recipe that observes nothing needs none.  Where one is open already, it stays, unless a number is given: ValueError
+        then, and for a number below 1.
+        """
+        if steps is not None:
+            steps = check_steps(steps, "RankAdapter.observe")
+            if self.observer is not None:
+                raise ValueError(f"RankAdapter.observe: a window of {steps} steps was asked for, and one of "
+                                 f"{self.observer.steps} is open, {self.observer.done} of them done. Leave the number out to "
+                                 "go on with it, or decide first: adapter.adapt().")
         needs = {need for axis in self.recipe.observes for need in axis.needs}
         if needs and self.observer is None:
             self._adopt()
-            live = {name: layer for name, layer in self.layers.items() if name not in self.frozen and name not in self.stale}
+            left_out = self.frozen | self.stale.keys()
+            live = {name: layer for name, layer in self.layers.items() if name not in left_out}
             self.observer = Observer(live, needs, steps or self.recipe.window, self.per, self.group)
+
+    def _drop_window(self, layer: str, why: str, depth: int = 5) -> None:
+        """What an open window has seen is of factors that are gone."""
+        if self.observer is None:
+            return
+        self.observer.remove()
+        self.observer, self._dropped = None, self.recipe.next_due(self.steps)
+        due = "a decision" if self._dropped is None else f"the decision of step {self._dropped}"
+        warnings.warn(f"RankAdapter: {why.format(repr(layer))} after step {self.steps}, in the steps before {due}; what was "
+                      "seen so far is dropped. A decision by the clock goes by the steps that are left, and is left out where "
+                      "none is; one by hand wants another adapter.observe().", stacklevel=depth)
 
     def _signal(self, step: int) -> Signal:
         return Signal([self.recipe.limit(layer) for layer in self.layers.values()], step, tuple(self.losses),
@@ -479,26 +537,28 @@ class RankAdapter:
             observer.remove()
         self.group.agree(problem, self._device)
         wanted, memory, targets = self.group.say(said, self._device)
-        again = self.recipe.control.again(memory, signal) or [False] * len(ranks)
+        again, frozen = self.recipe.control.again(memory, signal) or [False] * len(ranks), self.frozen
         changed = {name: k for name, old, k, anew in zip(self.layers, ranks, wanted, again, strict=True)
-                   if k != old or anew and name not in self.frozen}
+                   if k != old or anew and name not in frozen}
         events = self._resize(changed, targets, seen)
         if not changed and self.recipe.state.always:
             self.recipe.state.plan(self.optimizers, ()).apply()
         self.memory = memory
         self.seconds += time.perf_counter() - start
+        self._arm()                                         # for the next decision, where this one came by hand
         return events
 
     def _decide(self, ranks: list[int], signal: Signal, seen: dict[str, Seen]):
         """(wanted ranks, memory, targets)."""
         r = self.recipe
         self._check_finite()
-        live = [layer for name, layer in self.layers.items() if name not in self.frozen]
+        frozen = self.frozen
+        live = [layer for name, layer in self.layers.items() if name not in frozen]
         if r.estimate.gradients and live and all(layer.U.grad is None and layer.V.grad is None for layer in live):
             raise ValueError(f"RankAdapter: {r.estimate!r} reads gradients, and no layer has one. Call adapter.step() after "
                              "backward and optimizer.step(), before the gradients are zeroed.")
         unseen = set(self.layers) - set(seen) if r.observes and not self._finished(self.steps) else set()
-        held = self.frozen | self._bypassed(seen) | unseen
+        held = frozen | self._bypassed(seen) | unseen
         targets = {name: at_rest(r.estimate, layer) if name in held or layer.rank == 0 else
                    r.estimate.for_layer(name)(layer, seen.get(name)) for name, layer in self.layers.items()}
         signal = signal._replace(held=[name in held for name in self.layers])
@@ -547,8 +607,10 @@ class RankAdapter:
             raise ValueError(f"RankAdapter: {unknown[0]!r} is no layer of this adapter; there are "
                              f"{len(self.layers)}, the first is {next(iter(self.layers), None)!r}.")
         self.check_held()
-        return self._resize({name: check_rank(k, self.layers[name].out_features, self.layers[name].in_features,
-                                              "RankAdapter.resize", name, least=0) for name, k in ranks.items()}, {}, {})
+        events = self._resize({name: check_rank(k, self.layers[name].out_features, self.layers[name].in_features,
+                                                "RankAdapter.resize", name, least=0) for name, k in ranks.items()}, {}, {})
+        self._arm()                                         # what is left of a window that this has dropped
+        return events
 
     def _resize(self, ranks: dict[str, int], targets: dict[str, float], seen: dict[str, Seen]) -> list[Resize]:
         if not ranks:
@@ -571,9 +633,11 @@ class RankAdapter:
             error = mix_change(*known[name], *mix) if mix else relative_change(U, V, U2, V2)
             events.append(Resize(self.steps, name, U.shape[1], U2.shape[1], targets.get(name, float(U2.shape[1])), error))
             swaps.append(Swap(U, V, successor(U, U2), successor(V, V2), mix))
+        frozen = self.frozen
         told = [swap for name, swap in zip(made, swaps) if name not in self.stale and
-                (name not in self.frozen or holder(self.optimizers, swap.U) is not None)]
+                (name not in frozen or holder(self.optimizers, swap.U) is not None)]
         plan = self._plan(told)
+        self._drop_window(next(iter(made)), "the rank of {} was changed by hand", depth=6)
         for name, swap in zip(made, swaps):                                     # from here on nothing can fail
             layer = self.layers[name]
             layer.U, layer.V = swap.U2, swap.V2
@@ -639,15 +703,14 @@ class RankAdapter:
         open window has seen of the old factors.
         """
         adopt(self.optimizers, self._known, self.layers)
-        replaced = [name for name, layer in self.layers.items()
-                    if self._known[name][0] is not layer.U or self._known[name][1] is not layer.V]
-        if replaced and self.observer is not None:
-            self.observer.remove()
-            self.observer = None
-            self._warn("window", f"the factors of {replaced[0]!r} were replaced (a state dict was loaded) in the steps before "
-                                 "a decision; what was seen so far is dropped.")
+        if replaced := self._replaced():
+            self._drop_window(replaced[0], "the factors of {} were replaced (by a state dict, say)")
         for name, layer in self.layers.items():
             self._known[name] = (layer.U, layer.V)
+
+    def _replaced(self) -> list[str]:
+        return [name for name, layer in self.layers.items()
+                if self._known[name][0] is not layer.U or self._known[name][1] is not layer.V]
 
     def state_dict(self) -> dict:
         """What is needed, with the model's and the optimizer's own, to go on as if never stopped.
@@ -662,7 +725,7 @@ class RankAdapter:
                 "stale": {name: [list(s) for s in shapes] for name, shapes in self.stale.items()},
                 "sums": {name: [None if p.grad is None else p.grad.clone() for p in (self.layers[name].U, self.layers[name].V)]
                          for name in self.stale},
-                "seen": None if self.observer is None else self.observer.state_dict()}
+                "seen": None if self.observer is None or self._replaced() else self.observer.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
         """Go on where another adapter stopped.  Load the model first; then optimizer and adapter, in either order.
@@ -692,6 +755,9 @@ class RankAdapter:
         self.steps = self._taken = state["steps"]
         self._counts, self._mark = [state["since"]] * len(self.optimizers), None
         self.memory, self.losses, self.seconds = state["memory"], list(state["losses"]), state["seconds"]
+        if self.observer is not None:
+            self.observer.remove()
+            self.observer = None
         self._adopt()
         for name, kept in state["stale"].items():
             layer = self.layers[name]                # frozen: the optimizer gets stand-ins for what it held
@@ -704,11 +770,9 @@ class RankAdapter:
             for p, total in zip((layer.U, layer.V), state["sums"][name]):
                 p.grad = None if total is None else total.to(p).clone()
         self.check_held()
-        if self.observer is not None:
-            self.observer.remove()
-            self.observer = None
         if state["seen"] is not None:
-            self.observe(self.recipe.next_due(self.steps) - self.steps + state["seen"]["done"])
+            left = (self.recipe.next_due(self.steps) or self.steps) - self.steps
+            self.observe(state["seen"].get("steps", max(1, left + state["seen"]["done"])))      # older ones do not say
             self.observer.load_state_dict(state["seen"])
         self._arm()
 
@@ -717,7 +781,9 @@ class RankAdapter:
 
     def __setstate__(self, state: dict) -> None:            # a copy listens to its own optimizers
         self.__dict__.update(state)
-        self._listen()
+        self._handles = []
+        if not self._closed:
+            self._listen()
 
 
 def keeps_tangent(optimizer: Optimizer | None) -> bool:

@@ -130,13 +130,31 @@ def hints(kind: type) -> dict[str, Any]:
     return {f.name: found[f.name] for f in fields(kind)}
 
 
+def plain(x: Any) -> Any:
+    """x with Python's numbers and texts in place of others, numpy's say, in its tuples, lists and dicts too."""
+    if type(x) in (tuple, list):
+        return type(x)(map(plain, x))
+    if type(x) is dict:
+        return {plain(key): plain(one) for key, one in x.items()}
+    if isinstance(x, str):
+        return str.__str__(x)
+    if isinstance(x, bool) or not isinstance(x, numbers.Real):
+        return x
+    return int(x) if isinstance(x, numbers.Integral) else float(x)
+
+
 def check(value: Any) -> None:
-    """ValueError, naming the field, unless every field of a dataclass holds what it declares."""
+    """ValueError, naming the field, unless every field of a dataclass holds what it declares.
+
+    Numbers and texts of other kinds (numpy's) become Python's own, so that the repr reads back.
+    """
     for name, hint in hints(type(value)).items():
         x = getattr(value, name)
         if not fits(x, hint):
             came = repr(x) if len(repr(x)) < 80 else repr(x)[:77] + "..."
             raise ValueError(f"{type(value).__name__}: {name} is {came}; wanted {spoken(hint)}.")
+        if hint is not dict:                            # of which nothing is declared: its owner's alone
+            object.__setattr__(value, name, plain(x))
 
 
 # ------------------------------------------------------------------------------------------------ values on axes
@@ -156,7 +174,10 @@ class Axis:
         check(self)
 
     def paced(self, factor: float) -> Axis:
-        """The same value on a clock with `factor` times as many steps per epoch; what counts in steps is scaled."""
+        """The same value on a clock with `factor` times as many steps per epoch; what waits for a step of the run is scaled.
+
+        How many steps are looked at (`Observing.steps`) stays, and so does a `control.Schedule`.
+        """
         return self
 
     def for_layer(self, name: str) -> Axis:
@@ -232,6 +253,10 @@ class Control(Axis):
         """(the ranks wanted next, what to remember)."""
         raise NotImplementedError
 
+    def parts(self, names: Sequence[str]) -> list[tuple[Control, list[int]]]:
+        """Who answers for which layers, by their place in `names`: itself for all of them, unless layers differ (`ByLayer`)."""
+        return [(self, list(range(len(names))))]
+
     def again(self, memory: Any, signal: Signal) -> Sequence[bool]:
         """Which layers are to be factorised anew although their rank stays, after a step; () for none."""
         return ()
@@ -298,8 +323,11 @@ class StatePolicy(Axis):
 class GradientRule(Axis):
     """What happens to gradients before the optimizer sees them?"""
 
-    def attach(self, adapter) -> None:
-        """Called once, when the adapter is made."""
+    def attach(self, adapter) -> Sequence:
+        """Hook into the adapter's optimizers; returns the handles, whose remove() the adapter calls when it is closed.
+
+        Called when the adapter is made, and once more for each copy of it.
+        """
         raise NotImplementedError
 
 

@@ -37,9 +37,11 @@ def allocate(importances: Sequence[Sequence[float]], shapes: Sequence[tuple[int,
     left = parameters - size(ranks, shapes)
     blocks = []                                                     # (priority, layer, end, cost)
     for i, (w, (m, n)) in enumerate(zip(importances, shapes, strict=True)):
+        importance = math.inf
         for start in range(ranks[i], tops[i], multiple):
             end = min(start + multiple, tops[i])
-            importance, cost = sum(w[start:end]) / (end - start), (end - start) * (m + n)
+            cost = (end - start) * (m + n)
+            importance = min(importance, sum(w[start:end]) / (end - start))     # never above the block before: a mean rounds
             blocks.append((importance / (m + n) if per_parameter else importance, i, end, cost))
     blocked = set()                                                 # a layer whose next block did not fit
     for _, i, end, cost in sorted(blocks, key=lambda b: (-b[0], b[1], b[2])):

@@ -41,7 +41,7 @@ class Schedule(Control):
 
     path: (step, rank) pairs, steps rising; every layer has the rank of the last step that has come, its cap permitting.
     A rank is one number for all layers, or {layer: rank}, in which a layer that is left out stays as it is.  Rank 0 switches
-    a layer off; a later rank brings it back.
+    a layer off; a later rank brings it back.  The steps are those of the run itself: `Recipe.paced` leaves them alone.
     """
 
     path: tuple[tuple[Whole, Whole | dict[str, Whole]], ...]
@@ -157,7 +157,7 @@ class ByLayer(Control, Estimate):
 
     def for_layer(self, name: str) -> Axis:
         """The value for the layer of that name.  ValueError when no rule fits."""
-        return self.rules[self._rule(name)][1]
+        return self.rules[self._rule(name)][1].for_layer(name)
 
     def paced(self, factor: float) -> ByLayer:
         return ByLayer(tuple((pattern, value.paced(factor)) for pattern, value in self.rules))
@@ -172,29 +172,40 @@ class ByLayer(Control, Estimate):
     def init(self, ranks):
         return {}                                                   # names are not known yet: see step
 
-    def step(self, ranks, targets, memory, signal):
+    def _split(self, names):
+        """(pattern, controller, places of its layers in `names`) of every rule that is the first to fit one."""
+        chosen = [self._rule(name) for name in names]
+        return [(*self.rules[i], [j for j, c in enumerate(chosen) if c == i]) for i in sorted(set(chosen))]
+
+    def _asked(self, ranks, memory, signal):
+        """(pattern, controller, places, and of these layers alone: ranks, memory, signal) of every such rule."""
         if len(signal.names) != len(ranks):
             raise ValueError(f"ByLayer: {len(ranks)} ranks and {len(signal.names)} names; give Signal(names=...).")
-        chosen = [self._rule(name) for name in signal.names]
+        for pattern, control, mine in self._split(signal.names):
+            own = [ranks[j] for j in mine]
+            caps, names, shapes, held = ([seq[j] for j in mine] if seq else ()
+                                         for seq in (signal.caps, signal.names, signal.shapes, signal.held))
+            then = memory[pattern] if pattern in memory else control.init(own)
+            yield pattern, control, mine, own, then, signal._replace(caps=caps, names=names, shapes=shapes, held=held)
+
+    def step(self, ranks, targets, memory, signal):
         new, memories = list(ranks), {}
-        for i in sorted(set(chosen)):
-            mine = [j for j, c in enumerate(chosen) if c == i]
-            pattern, control = self.rules[i]
-            part = [[seq[j] for j in mine] for seq in (ranks, targets, signal.caps, signal.names)]
-            shapes, held = ([seq[j] for j in mine] if seq else () for seq in (signal.shapes, signal.held))
-            then = memory[pattern] if pattern in memory else control.init(part[0])
-            got, memories[pattern] = control.step(part[0], part[1], then, signal._replace(
-                caps=part[2], names=part[3], shapes=shapes, held=held))
+        for pattern, control, mine, own, then, part in self._asked(ranks, memory, signal):
+            got, memories[pattern] = control.step(own, [targets[j] for j in mine], then, part)
             for j, r in zip(mine, got, strict=True):
                 new[j] = r
         return new, memories
 
+    def finished(self, ranks, memory, signal):
+        return all(control.finished(own, then, part) for _, control, _, own, then, part in self._asked(ranks, memory, signal))
+
+    def parts(self, names):
+        return [(one, [mine[j] for j in places]) for _, control, mine in self._split(names)
+                for one, places in control.parts([names[j] for j in mine])]
+
     def again(self, memory, signal):
-        chosen, out = [self._rule(name) for name in signal.names], [False] * len(signal.names)
-        for i, (pattern, control) in enumerate(self.rules):
-            mine = [j for j, c in enumerate(chosen) if c == i]
-            if mine:
-                caps = [signal.caps[j] for j in mine]
-                for j, anew in zip(mine, control.again(memory[pattern], signal._replace(caps=caps))):
-                    out[j] = anew
+        out = [False] * len(signal.names)
+        for _, control, mine, _, then, part in self._asked(out, memory, signal):
+            for j, anew in zip(mine, control.again(then, part)):
+                out[j] = anew
         return out

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .axes import Count, Estimate, Init, Part, Whole
-from .factor import core, gram, singular_values, uncast, working
+from .factor import core, gram, singular_values, uncast, wide, working
 from .init import Spectral
 
 
@@ -91,7 +91,7 @@ def share_rank(s: Tensor, share: float, power: int = 2) -> int:
 
     power 2: energy (scripts v8, v9).  power 1: nuclear norm (script v7.5).
     """
-    mass = s.double().pow(power).cumsum(0)                          # (r,)
+    mass = wide(s).pow(power).cumsum(0)                          # (r,)
     if not mass[-1] > 0:
         return 1
     return min(int((mass < share * mass[-1]).sum()) + 1, len(s))
@@ -103,11 +103,11 @@ def output_energy(U: Tensor, V: Tensor, input_moment: Tensor) -> Tensor:
     With inputs of identity covariance these are the s_j^2.  input_moment H = mean of h h^T (r, r).  -> (r,) float64, CPU.
     FloatingPointError for a moment that is not finite.
     """
-    H = input_moment.double().cpu()                                 # (r, r)
+    H = wide(input_moment).cpu()                                    # (r, r)
     if not H.isfinite().all():
         raise FloatingPointError("output_energy: the inputs' second moment is not finite; the model has diverged.")
     lam, E = torch.linalg.eigh(H)                                   # (r,), (r, r)
-    UL = U.detach().double().cpu() @ (E * lam.clamp_min(0).sqrt())  # (m, r)
+    UL = wide(U).cpu() @ (E * lam.clamp_min(0).sqrt())              # (m, r)
     return torch.linalg.eigvalsh(UL.mT @ UL).clamp_min(0).flip(0)   # (r,)
 
 
@@ -118,7 +118,7 @@ def loss_lost(U: Tensor, V: Tensor, grad_U: Tensor) -> Tensor:
     `factor.core`.  In the order of the singular values, which it need not follow.  -> (r,) float64, CPU.
     """
     S, A, B = core(U, V)                                            # (r,), (r, r), (r, r)
-    M = (U.detach().double().mT @ grad_U.double()).cpu()            # (r, r)
+    M = (wide(U).mT @ wide(grad_U)).cpu()                           # (r, r)
     return ((A.mT @ M) * B).sum(1).abs() / S.clamp_min(S[0] * 1e-12)        # (r,)
 
 
@@ -182,9 +182,9 @@ class Spectrum(Estimate):
 
 @lru_cache(maxsize=1024)
 def fresh_stable_rank(m: int, n: int, r: int, init: Init, draws: int = 3) -> float:
-    """The mean stable rank of layers of that shape and rank as `init` starts them.  torch's generator is left alone."""
+    """The mean stable rank of layers of that shape and rank as `init` starts them.  torch's generators are left alone."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)                      # torch.manual_seed would seed every device
         return sum(stable_rank(*init(torch.nn.Linear(n, m, bias=False, device="cpu").weight.detach(), r))
                    for _ in range(draws)) / draws
 

@@ -19,11 +19,6 @@ from torch import Tensor
 from .axes import Factors
 
 
-def product(U: Tensor, V: Tensor) -> Tensor:
-    """W = U V, formed.  U (m, r), V (r, n) -> (m, n)."""
-    return U @ V
-
-
 def break_even(m: int, n: int) -> int:
     """The largest rank at which r (m + n) numbers are not more than the m n of the dense matrix; at least 1."""
     return max(1, m * n // (m + n))
@@ -64,6 +59,28 @@ def uncast(device: torch.device) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def exact(device: torch.device) -> Iterator[None]:
+    """Products as exact as the dtype of their factors: autocast off, and TF32 and bfloat16 inside of float32 products.
+
+    It turns the device's own knob, whichever of torch's two ways the user has set it by, `set_float32_matmul_precision` or
+    `fp32_precision`, and turns it back.  A knob that followed `torch.backends.fp32_precision` follows it again.
+    """
+    knob = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn.matmul
+    before = knob.fp32_precision                                    # "none": not set, which is float32
+    with uncast(device):
+        if before in ("ieee", "none"):
+            yield
+            return
+        knob.fp32_precision = "ieee"
+        try:
+            yield
+        finally:
+            knob.fp32_precision = "none"
+            if knob.fp32_precision != before:                       # set by itself, not by what it follows
+                knob.fp32_precision = before
+
+
 def halves(P: Tensor, S: Tensor, Zt: Tensor) -> tuple[Tensor, Tensor]:
     """Factors of P diag(S) Zt with the root of S on each side.  (m, k), (k,), (k, n) -> (m, k), (k, n)."""
     half = S.sqrt()                                                 # (k,)
@@ -72,7 +89,7 @@ def halves(P: Tensor, S: Tensor, Zt: Tensor) -> tuple[Tensor, Tensor]:
 
 # ------------------------------------------------------------------------------------------------ the core
 
-def _wide(X: Tensor) -> Tensor:
+def wide(X: Tensor) -> Tensor:
     """X in float64, on the CPU where its device has no float64 (MPS)."""
     X = X.detach()
     return X.cpu().double() if X.device.type == "mps" else X.double()
@@ -83,7 +100,7 @@ def gram(X: Tensor, host: bool = True) -> Tensor:
 
     In float32 it would lose every s below 3e-4 of the largest.
     """
-    X = _wide(X)
+    X = wide(X)
     return (X.mT @ X).cpu() if host else X.mT @ X                   # (r, r)
 
 
@@ -158,7 +175,7 @@ def svd_full(U: Tensor, V: Tensor, k: int, eps: float = 0.0, split: str = "sqrt"
     m, n = U.shape[0], V.shape[1]
     check_rank(k, m, n)
     wide = working(U.dtype)                                         # no half-precision SVD anywhere
-    with uncast(U.device):
+    with exact(U.device):
         W = (U.detach() @ V.detach()).cpu().to(wide)                # (m, n)
     P, S, Zt = torch.linalg.svd(W, full_matrices=False)             # (m, q), (q,), (q, n)
     P, S, Zt = P[:, :k], S[:k], Zt[:k]                              # (m, k), (k,), (k, n)
@@ -174,7 +191,7 @@ def svd_full(U: Tensor, V: Tensor, k: int, eps: float = 0.0, split: str = "sqrt"
 def mixed(U: Tensor, V: Tensor, A: Tensor, B: Tensor) -> Factors:
     """The factors U A, B V, in the dtype and on the device of the old ones.  (m, r), (r, n), (r, k), (k, r) -> `Factors`."""
     wide = working(U.dtype)                                         # as exact here as forming W in that dtype would be
-    with uncast(U.device):
+    with exact(U.device):
         U2 = (U.detach().to(wide) @ A.to(U.device, wide)).to(U)     # (m, k)
         V2 = (B.to(V.device, wide) @ V.detach().to(wide)).to(V)     # (k, n)
     return Factors(U2, V2, (A, B))
@@ -222,13 +239,13 @@ def grow(U: Tensor, V: Tensor, k: int, like: Tensor | None = None) -> tuple[Tens
     check_rank(k, m, n, "grow", least=0)
     if k == r:
         return U.detach().clone(), V.detach().clone()
-    rows = _wide(V).cpu()                                           # (r, n)
+    rows = wide(V).cpu()                                           # (r, n)
     Q = torch.linalg.qr(rows.mT).Q                                  # (n, r), spans the old rows
     X = torch.randn(n, k - r, dtype=torch.float64, device="cpu")    # (n, k - r)
     for _ in range(2):                                              # twice is enough (Giraud, Langou & Rozloznik 2005)
         X = X - Q @ (Q.mT @ X)                                      # (n, k - r)
     X = torch.linalg.qr(X).Q.mT                                     # (k - r, n)
-    lengths = (rows if like is None else _wide(like).cpu()).norm(dim=1)
+    lengths = (rows if like is None else wide(like).cpu()).norm(dim=1)
     length = lengths.mean().item() if lengths.numel() and lengths.sum() > 0 else 1.0
     U2 = torch.cat([U.detach(), U.new_zeros(m, k - r)], dim=1)      # (m, k)
     V2 = torch.cat([V.detach(), (length * X).to(V)], dim=0)         # (k, n)
@@ -247,7 +264,7 @@ def change_of_basis(U: Tensor, V: Tensor, U2: Tensor, V2: Tensor) -> tuple[Tenso
     """
     def solve(X, Y):                                                # min-norm C with X C = Y in the span of X
         G = gram(X)                                                 # (r, r)
-        C = (_wide(X).mT @ _wide(Y)).cpu()                          # (r, k)
+        C = (wide(X).mT @ wide(Y)).cpu()                          # (r, k)
         return torch.linalg.pinv(G, hermitian=True, rtol=1e-12) @ C
     return solve(V.mT, V2.mT), solve(U, U2).mT                      # (r, k), (k, r)
 
@@ -255,7 +272,7 @@ def change_of_basis(U: Tensor, V: Tensor, U2: Tensor, V2: Tensor) -> tuple[Tenso
 def relative_change(U: Tensor, V: Tensor, U2: Tensor, V2: Tensor) -> float:
     """||U V - U' V'||_F / ||U V||_F from Gram matrices (resolves about 1e-8); 0 when both are zero, inf from zero."""
     def inner(A, B, C, D):                                          # <A B, C D> = tr(B^T A^T C D)
-        AC, DB = _wide(A).mT @ _wide(C), _wide(D) @ _wide(B).mT     # (r, k), (k, r)
+        AC, DB = wide(A).mT @ wide(C), wide(D) @ wide(B).mT     # (r, k), (k, r)
         return torch.einsum("rk,kr->", AC.cpu(), DB.cpu()).item()
     old, new, both = inner(U, V, U, V), inner(U2, V2, U2, V2), inner(U, V, U2, V2)
     if old <= 0:

@@ -27,11 +27,11 @@ import torch
 from torch import Tensor
 
 from .axes import Count, Estimate, Factors, ResizeRule
-from .factor import core_cut, core_of, gram, grow, mixed
+from .factor import core_cut, core_of, gram, grow, mixed, wide
 
 DAMPING = 0.01                          # share of isotropic inputs and gradients mixed in (ours, untuned)
-# Times the mean diagonal: under a second moment, where a grown direction is zero yet; the next where rounding of the sums
-# over rows, in float32, has left it a negative eigenvalue (at most about r times float32's 1e-7)
+# Times the mean diagonal, added to a second moment before Cholesky.  The first covers grown directions that are still zero;
+# each further one is tried when rounding left a negative eigenvalue (sums over rows in float32: about r times 1e-7 at most).
 FLOORS = (1e-10, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3)
 
 
@@ -79,7 +79,7 @@ def metric(U: Tensor, V: Tensor, input_moment: Tensor, grad_moment: Tensor,
     input_moment H, grad_moment K (r, r).  The result does not depend on how W is split into factors.  float64, CPU.
     O((m + n) r^2).
     """
-    return metric_of(gram(U), gram(V.mT), input_moment.double().cpu(), grad_moment.double().cpu(), damping)
+    return metric_of(gram(U), gram(V.mT), wide(input_moment).cpu(), wide(grad_moment).cpu(), damping)
 
 
 def fisher_cut(U: Tensor, V: Tensor, k: int, input_moment: Tensor, grad_moment: Tensor,

@@ -100,16 +100,23 @@ def average_gradients(model: nn.Module, group: Any = None) -> None:
     """Replace every gradient by its mean over the processes, in place; call it after backward, on all of them.
 
     It takes the place of DistributedDataParallel, which holds on to Parameters and so cannot follow a rank that changes.
-    A parameter that only some processes used counts as zero on the others; one that none used keeps no gradient.
+    A parameter that only some processes used counts as zero on the others; one that none used keeps no gradient.  The host
+    waits for the device only on a process where some parameter has no gradient.
     Does nothing without an open process group.
     """
     group = Group(group)
     if group.size == 1:
         return
     params = [p for p in model.parameters() if p.requires_grad]
-    used = torch.tensor([float(p.grad is not None) for p in params], device=params[0].device if params else "cpu")
+    if not params:
+        return
+    here, device = [p.grad is not None for p in params], params[0].device
+    used = torch.ones(len(params), device=device) if all(here) else torch.tensor(here, dtype=torch.float32, device=device)
     group.sum([used])
-    live = [p for p, users in zip(params, used.tolist()) if users]
+    # where all are used here, all are used by somebody, and the host need not wait for the device to tell
+    live = params if all(here) else [p for p, users in zip(params, used.tolist()) if users]
+    if not live:
+        return
     for p in live:
         if p.grad is None:
             p.grad = torch.zeros_like(p)

@@ -159,6 +159,22 @@ def dense_layers(model: nn.Module) -> dict[str, nn.Module]:
             and type(mod._parameters.get("weight")) is nn.Parameter}
 
 
+def holders(model: nn.Module) -> dict[int, list[tuple[str, nn.Module, str]]]:
+    """Who holds each Parameter, by its id: (name of the module, the module, the Parameter's name there); a module once."""
+    found: dict[int, list] = {}
+    for name, mod in model.named_modules():
+        for key, p in mod._parameters.items():
+            if p is not None:
+                found.setdefault(id(p), []).append((name, mod, key))
+    return found
+
+
+def sharing(held: dict[int, list[tuple[str, nn.Module, str]]], layer: nn.Module, key: str) -> list[str]:
+    """The other names of a layer's Parameter among `holders`, such as '2.U'."""
+    return [f"{name}.{k}".lstrip(".") for name, mod, k in held.get(id(layer._parameters.get(key)), ())
+            if not (mod is layer and k == key)]
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
     """The module that torch.compile was given, or the model itself."""
     return getattr(model, "_orig_mod", model)
@@ -353,26 +369,15 @@ def factorize_like_(model: nn.Module, state: Mapping[str, Any]) -> nn.Module:
 
 
 @torch.no_grad()
-def product_decay_(model: nn.Module, amount: float) -> None:
-    """One step of decay on the products: the gradient step of amount/2 ||U V||_F^2 on every low-rank layer, in place.
-
-    U -= amount U V V^T, V -= amount U^T U V: strong directions shrink, weak ones hardly (Frobenius decay, Khodak et al.
-    2021), where decay on the factors pulls all alike and so pulls ranks down, like a nuclear norm.  O((m + n) r^2).
-    """
-    for layer in low_rank_layers(model).values():
-        U, V = layer.U, layer.V                                     # (m, r), (r, n)
-        down_U, down_V = U @ (V @ V.mT), (U.mT @ U) @ V             # (m, r), (r, n)
-        U.sub_(down_U, alpha=amount)
-        V.sub_(down_V, alpha=amount)
-
-
-@torch.no_grad()
 def densify_(model: nn.Module, only_if_larger: bool = False) -> nn.Module:
     """Replace every LowRankLinear by the dense layer of weight U V, in place; returns the model.
 
     A layer goes back to the kind that it was made from (nn.Linear, or Conv1D of transformers).  Make the optimizer and the
     adapter anew.  only_if_larger: only layers whose factors hold as many numbers as W or more, for which being low-rank
     saves nothing.
+
+    ValueError, before anything is changed: a layer that stands in two places, or shares a factor with another module; a
+    wrapped or sharded model; a model that is itself a LowRankLinear.
 
         >>> model = factorize_(nn.Sequential(nn.Linear(8, 8)), rank=2)
         >>> densify_(model)
@@ -386,6 +391,18 @@ def densify_(model: nn.Module, only_if_larger: bool = False) -> nn.Module:
               if not only_if_larger or low.U.numel() + low.V.numel() >= low.out_features * low.in_features}
     if "" in layers:
         raise ValueError("densify_: the model is itself a LowRankLinear and cannot be replaced in place.")
+    held = holders(inner)
+    stands: dict[int, list[str]] = {}
+    for name, parent in inner.named_modules():
+        for key, mod in parent._modules.items():
+            stands.setdefault(id(mod), []).append(f"{name}.{key}".lstrip("."))
+    for name, low in layers.items():
+        if twice := stands[id(low)][1:]:
+            raise ValueError(f"densify_: {name!r} is the same module as {twice[0]!r}; give one of the two places a copy of it "
+                             "first, copy.deepcopy(layer).")
+        if others := [other for key in "UV" for other in sharing(held, low, key)]:
+            raise ValueError(f"densify_: {name!r} shares a factor with {others[0]!r}; give it one of its own first, "
+                             "nn.Parameter(factor.detach().clone()).")
     for name, low in layers.items():
         with uncast(low.U.device):
             W = low.weight                                          # (m, n)

@@ -25,6 +25,7 @@ the second measures how much the loss feels each of these directions.
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -228,6 +229,13 @@ def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
     return out
 
 
+def check_steps(steps: int, who: str) -> int:
+    """The length of a window as a whole number.  ValueError for one that no step fits into."""
+    if isinstance(steps, bool) or not isinstance(steps, numbers.Integral) or steps < 1:
+        raise ValueError(f"{who}: steps is {steps!r}; wanted the length of the window in optimizer steps, at least 1.")
+    return int(steps)
+
+
 class Observer:
     """Looks at low-rank layers over a window of optimizer steps; see the top of this file.
 
@@ -235,12 +243,12 @@ class Observer:
     the loss belongs to, "row" (every token has a loss of its own: language models) or "example" (an entry of the first
     dim has one loss: pooled classifiers); "auto" takes "example" where all layers see the same number of examples, some
     of them several rows each and some one, and "row" otherwise.
-    ValueError for a need that is not known, or a layer whose forward is not `factored`.
+    ValueError for a need that is not known, a window without a step, or a layer whose forward is not `factored`.
     """
 
     def __init__(self, layers: Mapping[str, LowRankLinear], needs: Iterable[str], steps: int = 1,
                  per: Literal["auto", "row", "example"] = "auto", group: Group = Group()):
-        self.needs, self.steps, self.per, self.group = frozenset(needs), steps, per, group
+        self.needs, self.steps, self.per, self.group = frozenset(needs), check_steps(steps, "Observer"), per, group
         if unknown := self.needs - set(FIELDS):
             raise ValueError(f"Observer: {sorted(unknown)[0]!r} cannot be observed; there are {', '.join(FIELDS)}.")
         if per not in PER:
@@ -252,12 +260,16 @@ class Observer:
                                  "`op`, or choose an estimate and a resize that observe nothing.")
         moments = bool(self.needs - {"weight_gradient"})
         self.books = {name: Book.of(layer, moments, "weight_gradient" in self.needs) for name, layer in self.layers.items()}
-        self.half = (steps + 1) // 2 if "importance" in self.needs and steps > 1 else 0     # when directions are chosen
         self.done, self.turned, self.open = 0, False, True
         device = next(iter(self.books.values())).count.device if self.books else torch.device("cpu")
         self.good = torch.zeros(2, device=device)       # steps that counted, of each half
         self.first: dict[str, tuple] = {}               # after `turn`: layer -> (S, rows) of the first half
         self._install()
+
+    @property
+    def half(self) -> int:
+        """The step after which directions are chosen; 0 where none are."""
+        return (self.steps + 1) // 2 if "importance" in self.needs and self.steps > 1 else 0
 
     def _install(self) -> None:
         for name, layer in self.layers.items():
@@ -413,10 +425,11 @@ class Observer:
         books = {name: {"pending": {k: x.clone() for k, x in book.pending().items()},
                         "total": {k: x.clone() for k, x in book.total.items()},
                         "A": book.A, "B": book.B} for name, book in self.books.items()}
-        return {"done": self.done, "turned": self.turned, "good": self.good.clone(), "books": books,
+        return {"steps": self.steps, "done": self.done, "turned": self.turned, "good": self.good.clone(), "books": books,
                 "first": {name: list(pair) for name, pair in self.first.items()}}
 
     def load_state_dict(self, state: dict) -> None:
+        self.steps = state.get("steps", self.steps)         # older checkpoints leave the length to the caller
         self.done, self.turned, self.good = state["done"], state["turned"], state["good"].to(self.good)
         self.first = {name: tuple(pair) for name, pair in state["first"].items()}
         for name, saved in state["books"].items():

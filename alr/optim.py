@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -19,9 +19,9 @@ from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
 from .axes import Momentum
-from .factor import working
+from .factor import exact, working
 from .linear import low_rank_layers, refuse_wrapped, unwrapped
-from .rules import SCALES, Pair, Rule, Settings, exact, shape_scale
+from .rules import SCALES, Pair, Rule, Settings, shape_scale
 from .state import Swap
 from .tangent import Tangent
 
@@ -137,10 +137,6 @@ class PairOptimizer(Optimizer):
         scale = shape_scale(group["adjust_lr_fn"], U.shape[0], V.shape[1])
         return Momentum(*self.rule.tangent(s_U, s_V), float(group["lr"]) * scale)
 
-    def fresh_state(self, group: dict, p: nn.Parameter) -> dict:
-        """What a new factor begins with when its state is reset: made with the next step."""
-        return {}
-
     # ---------------------------------------------------------------- steps
 
     @torch.no_grad()
@@ -188,8 +184,8 @@ class PairOptimizer(Optimizer):
             if not state:
                 fused = p.device.type in ("cuda", "cpu") and p.is_floating_point()
                 state["step"] = torch.zeros((), dtype=torch.float32, device=p.device if fused else "cpu")
-                state["exp_avg"] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
-                state["exp_avg_sq"] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
+                state["exp_avg"] = torch.zeros_like(p, dtype=dtype)
+                state["exp_avg_sq"] = torch.zeros_like(p, dtype=dtype)
         states = [self.state[p] for p in params]
         kinds = {(p.device.type, p.is_floating_point()) for p in params}
         moved = [p.to(dtype) for p, dtype in zip(params, wide)]     # itself, where it is wide enough
@@ -202,16 +198,38 @@ class PairOptimizer(Optimizer):
             if x is not p:
                 p.copy_(x)
 
+    def state_dict(self) -> dict:
+        """As torch's, and the name of the rule."""
+        return super().state_dict() | {"rule": type(self.rule).__name__}
+
+    def _check_rule(self, state_dict: dict) -> None:
+        """ValueError unless a state dict is of this rule: by its name, which older ones lack, and by what a pair remembers."""
+        mine = type(self.rule).__name__
+        if (name := state_dict.get("rule", mine)) != mine:
+            raise ValueError(f"PairOptimizer: the state is of the rule {name}, and this optimizer steps by {self.rule}. Make "
+                             f"the optimizer with rule={name}(...), or leave its state out.")
+        wanted = tuple(set(s) for s in self.rule.state(torch.zeros(1, 1), torch.zeros(1, 1)))
+        for group in state_dict["param_groups"]:
+            places = group["params"] if group["kind"] == "pairs" else []
+            for pair in zip(places[::2], places[1::2]):
+                found = tuple(set(state_dict["state"].get(i, ())) for i in pair)
+                if any(found) and found != wanted:                  # a pair without state begins with its next step
+                    came, kept = (", ".join(sorted(a | b)) for a, b in (found, wanted))
+                    raise ValueError(f"PairOptimizer: the state remembers {came} of a pair, and {self.rule} {kept}: it is of "
+                                     "another rule. Make the optimizer with that rule, or leave its state out.")
+
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict) -> None:
         """As torch's, but that AdamW's moments of float16 and bfloat16 parameters stay in float32.
 
-        ValueError, before anything is loaded, for the state of another optimizer, or of other kinds of groups.
+        ValueError, before anything is loaded, for the state of another optimizer, of another rule, or of other kinds of
+        groups.
         """
         kinds = [group.get("kind") for group in state_dict["param_groups"]]
         if kinds != (mine := [group["kind"] for group in self.param_groups]):
             raise ValueError(f"PairOptimizer: the state has groups of the kinds {kinds}, and this optimizer {mine}: it is of "
                              "another optimizer, or of other groups.")
+        self._check_rule(state_dict)
         super().load_state_dict(state_dict)
         places = [i for group in state_dict["param_groups"] for i in group["params"]]
         for i, p in zip(places, [p for group in self.param_groups for p in group["params"]], strict=True):
@@ -245,7 +263,7 @@ def check_pairs(listed: list[tuple]) -> None:
 def check_settings(group: dict) -> None:
     """ValueError for a number that no step can be made with."""
     def number(x, low, high=math.inf, above=False):
-        x = x.item() if isinstance(x, Tensor) else x
+        x = x.item() if isinstance(x, Tensor) and x.numel() == 1 else x
         return isinstance(x, numbers.Real) and not isinstance(x, bool) and math.isfinite(x) and \
             (low < x if above else low <= x) and x <= high
     wanted = {"lr": (number(group["lr"], 0), "0 or more"), "weight_decay": (number(group["weight_decay"], 0), "0 or more")}
@@ -257,7 +275,8 @@ def check_settings(group: dict) -> None:
                    "adjust_lr_fn": (group["adjust_lr_fn"] in SCALES, f"one of {', '.join(SCALES)}")}
     else:
         betas = group["betas"]
-        wanted |= {"betas": (len(betas) == 2 and all(number(b, 0) and b < 1 for b in betas), "two numbers in [0, 1)"),
+        two = isinstance(betas, Sequence) and len(betas) == 2
+        wanted |= {"betas": (two and all(number(b, 0) and b < 1 for b in betas), "two numbers in [0, 1)"),
                    "eps": (number(group["eps"], 0), "0 or more")}
     for name, (right, words) in wanted.items():
         if not right:

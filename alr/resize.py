@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .axes import Count, Factors, ResizeRule
-from .factor import core_cut, grow
+from .factor import core_cut, grow, wide
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,9 @@ def grow_along(U: Tensor, V: Tensor, k: int, G: Tensor) -> tuple[Tensor, Tensor]
     """
     r = U.shape[1]
     U2, V2 = grow(U, V, k)                                          # checks k; random rows where G runs out
-    Qu = torch.linalg.qr(U.detach().double().cpu()).Q               # (m, r)
-    Qv = torch.linalg.qr(V.detach().double().cpu().mT).Q            # (n, r)
-    R = G.detach().double().cpu()                                   # (m, n)
+    Qu = torch.linalg.qr(wide(U).cpu()).Q                           # (m, r)
+    Qv = torch.linalg.qr(wide(V).cpu().mT).Q                        # (n, r)
+    R = wide(G).cpu()                                               # (m, n)
     R = R - Qu @ (Qu.mT @ R)
     R = R - (R @ Qv) @ Qv.mT
     if k == r or not R.norm() > 1e-12 * G.norm():

@@ -12,9 +12,8 @@ the fast one over all pairs of a param group, in place.  A test ties the two ove
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 
 from .axes import Axis
 from .factor import working
+from .linear import low_rank_layers
 from .state import Swap, basis, carry
 
 BUCKET = 64     # sides whose ranks lie in one stretch of so many are worked on together (ours; wider ones waste their padding)
@@ -97,24 +97,6 @@ def shape_scale(name: str, m: int, n: int) -> float:
     return 0.2 * math.sqrt(max(m, n)) if name == "match_rms_adamw" else 1.0
 
 
-@contextlib.contextmanager
-def exact(device: torch.device) -> Iterator[None]:
-    """Products in the dtype of their factors: autocast off, TF32 off.
-
-    Newton-Schulz on a Gram matrix works with the square of a condition number, which float32 bears and nothing below it.
-    """
-    before = torch.get_float32_matmul_precision()
-    tf32 = device.type == "cuda" and before != "highest"
-    if tf32:
-        torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        if tf32:
-            torch.set_float32_matmul_precision(before)
-
-
 # ------------------------------------------------------------------------------------------------ orthogonalising
 
 def orthogonalize(X: Tensor, steps: int = 5) -> Tensor:
@@ -170,15 +152,20 @@ def power_step(X: Tensor, x: Tensor, times: int = 1) -> Tensor:
     """Power iteration for the longest left direction of X: (..., L, r), (..., L) -> (..., L), of length 1."""
     x = x[..., None]                                                # (..., L, 1)
     for _ in range(times):
-        x = X @ (X.mT @ x)                                          # (..., L, 1)
-        x = x / x.norm(dim=-2, keepdim=True).clamp_min(1e-30)
+        y = X @ (X.mT @ x)                                          # (..., L, 1)
+        size = y.norm(dim=-2, keepdim=True)                         # (..., 1, 1)
+        x = torch.where(size == 0, x, y / size.clamp_min(1e-30))    # (..., L, 1); X = 0 has no longest direction: x stays
     return x[..., 0]
 
 
 def longest(X: Tensor) -> Tensor:
-    """The column of largest norm, with length 1: (L, r) -> (L,)."""
+    """The column of largest norm, with length 1; where all are zero, or there is none, one of equal numbers: (L, r) -> (L,)."""
+    even = X.new_full((len(X),), len(X) ** -0.5)                    # (L,)
+    if not X.shape[1]:
+        return even
     x = X.index_select(1, X.norm(dim=0).argmax()[None])[:, 0]       # (L,); no host read
-    return x / x.norm().clamp_min(1e-30)
+    size = x.norm()
+    return torch.where(size == 0, even, x / size.clamp_min(1e-30))
 
 
 # ------------------------------------------------------------------------------------------------ sides
@@ -240,7 +227,7 @@ class Spectron(Rule):
     """
 
     def state(self, U, V):
-        return tuple({"momentum_buffer": torch.zeros_like(p, memory_format=torch.preserve_format),
+        return tuple({"momentum_buffer": torch.zeros_like(p),
                       "direction": power_step(s := side.detach().to(working(p.dtype)), longest(s), 7).to(p.dtype)}
                      for p, side in ((U, U), (V, V.mT)))
 
@@ -302,7 +289,7 @@ class LoRAMuon(Rule):
     """
 
     def state(self, U, V):
-        return tuple({"momentum_buffer": torch.zeros_like(p, memory_format=torch.preserve_format)} for p in (U, V))
+        return tuple({"momentum_buffer": torch.zeros_like(p)} for p in (U, V))
 
     def reference(self, U, V, g_U, g_V, s_U, s_V, settings):
         wide = working(U.dtype)
@@ -349,15 +336,33 @@ def split_root(settings: Settings) -> float:
 def decayed(U: Tensor, V: Tensor, settings: Settings, split: bool = False) -> tuple[Tensor, Tensor]:
     """The factors after a step of decoupled weight decay, not in place.  (m, r), (r, n) -> the same.
 
-    decay "factors": both shrink by half of lr * weight_decay, so that W shrinks by all of it.  "product": the gradient
-    step of lr * weight_decay / 2 ||U V||_F^2 (Khodak et al. 2021): strong directions shrink, weak ones hardly.
+    decay "factors": both shrink by half of lr * weight_decay, so that W shrinks by all of it.  "product": by
+    `product_decayed` of lr * weight_decay.
     split: under "factors", by the root of 1 - lr * weight_decay each, so that W shrinks by it exactly (LoRA-Muon).
     """
     amount = settings.lr * settings.weight_decay
     if settings.decay == "product":
-        return U - amount * U @ (V @ V.mT), V - amount * (U.mT @ U) @ V
+        return product_decayed(U, V, amount)
     each = split_root(settings) if split else 1 - amount / 2
     return U * each, V * each
+
+
+def product_decayed(U: Tensor, V: Tensor, amount: float) -> tuple[Tensor, Tensor]:
+    """The factors after the gradient step of amount / 2 ||U V||_F^2, not in place: (m, r), (r, n) -> the same.
+
+    Strong directions shrink, weak ones hardly (Khodak et al. 2021), where decay on the factors pulls all alike and so pulls
+    ranks down, like a nuclear norm.  O((m + n) r^2).
+    """
+    return U - amount * U @ (V @ V.mT), V - amount * (U.mT @ U) @ V
+
+
+@torch.no_grad()
+def product_decay_(model: nn.Module, amount: float) -> None:
+    """`product_decayed` of every low-rank layer of the model (of the layer itself, where it is one), in place."""
+    for layer in low_rank_layers(model).values():
+        U, V = product_decayed(layer.U, layer.V, amount)            # (m, r), (r, n)
+        layer.U.copy_(U)
+        layer.V.copy_(V)
 
 
 def decay_(pairs: Sequence[Pair], settings: Settings, split: bool = False) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .axes import StatePolicy
-from .factor import change_of_basis, working
+from .factor import change_of_basis, exact, working
 
 LINEAR = ("exp_avg", "momentum_buffer")                             # averages of gradients: linear in them
 SQUARE = ("exp_avg_sq", "max_exp_avg_sq")                           # averages of their squares
@@ -139,13 +139,7 @@ class Reset(_Policy):
     def plan(self, optimizers, swaps) -> Plan:
         found = moves(optimizers, swaps)
         forgets = self.everything and (swaps or self.always)
-        return Plan(tuple(fresh(move) for _, _, move in found), tuple(optimizers) if forgets else ())
-
-
-def fresh(move: Move) -> Move:
-    """The same move with the state that the optimizer begins with: none, or what it makes itself (`fresh_state`)."""
-    make = getattr(move.optimizer, "fresh_state", None)
-    return move._replace(state=make(move.group, move.new) if make else {})
+        return Plan(tuple(move._replace(state={}) for _, _, move in found), tuple(optimizers) if forgets else ())
 
 
 @dataclass(frozen=True)
@@ -247,7 +241,8 @@ def carry(state: dict, old: Tensor, T: Tensor, side: str, betas: tuple[float, fl
     that is not known.
     """
     def times(M: Tensor, T: Tensor) -> Tensor:
-        out = M.to(T.dtype) @ T if side == "right" else T.mT @ M.to(T.dtype)    # (m, k) or (k, n)
+        with exact(T.device):
+            out = M.to(T.dtype) @ T if side == "right" else T.mT @ M.to(T.dtype)    # (m, k) or (k, n)
         return out.to(M.dtype)
 
     step = float(state.get("step", 1))

@@ -49,7 +49,7 @@ class FisherStart(Init):
         if far > (1e-4 + 4 * torch.finfo(weight.dtype).eps) * W.norm().item():      # more than the factors' rounding (ours)
             raise ValueError("the weight is not the one that suggest_ranks saw: trained since, or of another model. Call "
                              "suggest_ranks again, or leave init out.")
-        U2, V2, _ = cut_along(U, V, rank, seen.A, seen.B)           # (m, r), (r, n)
+        U2, V2, _ = cut_along(U, V, rank, seen.A, seen.B, seen.grams)   # (m, r), (r, n)
         return U2.to(weight), V2.to(weight)
 
 
@@ -88,7 +88,8 @@ def suggest_ranks(model: nn.Module, batches: Iterable[Any], share: float,
 
     The layers are put into factors of full rank in a copy of the model, so that nothing is lost; one half of the batches
     finds each layer's directions, the other half measures how much the loss feels each of them (`observe`); one budget
-    is shared among all layers by importance per parameter.  The model itself is not changed.
+    is shared among all layers by importance per parameter.  The model itself is not changed.  The copy is in the mode that the
+    model is in: call model.eval() first for a loss without dropout.
 
     batches: at least two, each (inputs, targets), a dict for model(**batch), or whatever `loss(model, batch)` takes; a mean
     over its terms.  where: which layers, as in `factorize_`.  min_rank, multiple: as in `Budget`.  per: see `Observer`.
@@ -117,8 +118,10 @@ def suggest_ranks(model: nn.Module, batches: Iterable[Any], share: float,
             raise ValueError(f"suggest_ranks: {word} is {value!r}; wanted a whole number of at least 1.")
     names = [name for name in dense_layers(inner) if picks(where, name)]
     whole = copy.deepcopy(inner)
-    factorize_(whole, {name: min(dense_weight(mod).shape) for name, mod in dense_layers(whole).items() if name in names}
-               if names else 1.0, where)                            # without names: factorize_'s own refusal
+    with warnings.catch_warnings():                                 # what is not taken, it says of the user's own model
+        warnings.filterwarnings("ignore", "factorize_: .* layers are low-rank now")
+        factorize_(whole, {name: min(dense_weight(mod).shape) for name, mod in dense_layers(whole).items() if name in names}
+                   if names else 1.0, where)                        # without names: factorize_'s own refusal
     for p in whole.parameters():
         p.requires_grad_(True)
         p.grad = None

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .axes import Count
-from .factor import working
+from .factor import exact, working
 from .rules import (
     COEFFICIENTS,
     Pair,
@@ -29,7 +29,6 @@ from .rules import (
     averaged,
     decay_,
     decayed,
-    exact,
     orthogonalize,
     shape_scale,
     stacked,
@@ -148,8 +147,8 @@ class Tangent(Rule):
     keeps_tangent = True
 
     def state(self, U, V):
-        return tuple({"momentum_buffer": torch.zeros_like(p, memory_format=torch.preserve_format),
-                      "frame": torch.zeros_like(p, memory_format=torch.preserve_format)} for p in (U, V))
+        return tuple({"momentum_buffer": torch.zeros_like(p),
+                      "frame": torch.zeros_like(p)} for p in (U, V))
 
     def reference(self, U, V, g_U, g_V, s_U, s_V, settings):
         dtype, wide = U.dtype, working(U.dtype)
@@ -292,7 +291,7 @@ class LoRATSD(Rule):
     balance: bool = True
 
     def state(self, U, V):
-        return tuple({"momentum_buffer": torch.zeros_like(p, memory_format=torch.preserve_format)} for p in (U, V))
+        return tuple({"momentum_buffer": torch.zeros_like(p)} for p in (U, V))
 
     def reference(self, U, V, g_U, g_V, s_U, s_V, settings):
         wide = working(U.dtype)

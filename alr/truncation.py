@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .axes import Count, Factors, Momentum, NonNegative, ResizeRule
-from .factor import check_rank, core_cut, gram, grow
+from .factor import check_rank, core_cut, gram, grow, wide
 from .fisher import cut_along
 from .tangent import orthonormal, seen_from
 
@@ -29,7 +29,7 @@ def outward(U: Tensor, V: Tensor, momentum: Momentum) -> tuple[Tensor, Tensor, T
     direction of the first block has a new column, and its row is left zero here; one of the second has a new row, and its
     column is left zero.  Sizes below 1e-6 of ||M||_F are rounding and left out.  O((m + n) r^2).
     """
-    X, F_U, Y, F_V, U, V = (x.detach().cpu().double() for x in (*momentum[:4], U, V))
+    X, F_U, Y, F_V, U, V = (wide(x).cpu() for x in (*momentum[:4], U, V))
     Q_U, Q_V = orthonormal(U), orthonormal(V.mT)                    # (m, r), (n, r)
     X, Y = (x[0] for x in seen_from(*(x[None] for x in (X, F_U, Y, F_V, Q_U, Q_V))))    # (m, r), (r, n)
     P, S, _ = torch.linalg.svd(X - Q_U @ (Q_U.mT @ X), full_matrices=False)     # (m, r), (r,)

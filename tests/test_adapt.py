@@ -10,9 +10,11 @@ from torch import nn
 
 import alr
 from alr import RankAdapter, Recipe, low_rank_layers, recipes
+from alr.budget import Budget
 from alr.control import Bidirectional
 from alr.estimate import StableRank
 from alr.state import Reset, Stale, Transport
+from alr.truncation import TangentCut
 
 
 def net(seed=0):
@@ -176,3 +178,115 @@ def test_the_whole_price_of_adoption():
     adapter = RankAdapter(model, optimizer, recipes.repaired)
     train(model, optimizer, adapter, 3)
     assert isinstance(recipes.repaired, Recipe) and set(adapter.ranks) == {"0", "2"}
+
+
+def windowed():
+    model = alr.factorize_(net(), rank=0.9)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    recipe = replace(recipes.alr, every=10, control=Budget(share=0.2, min_rank=2))
+    return model, optimizer, RankAdapter(model, optimizer, recipe, total_steps=100)
+
+
+def resized(k):
+    return lambda model, optimizer, adapter: adapter.resize({"0": model[0].rank + k})
+
+
+def taken(model, optimizer, adapter):
+    model[0].take_rank(6)
+    with torch.no_grad():
+        model[0].U.normal_()
+        model[0].V.normal_()
+
+
+def loaded(model, optimizer, adapter):
+    model.load_state_dict(alr.factorize_(net(1), rank={"0": 6, "2": model[2].rank, "4": model[4].rank}).state_dict())
+
+
+def by_another(model, optimizer, adapter):
+    other = RankAdapter(model, optimizer, replace(recipes.uniform, rank=8))
+    other.resize({"0": 6})
+    other.close()
+
+
+@pytest.mark.parametrize("at", [6, 7, 8, 9])
+@pytest.mark.parametrize("change", [resized(-3), resized(2), resized(0), taken, loaded, by_another],
+                         ids=["shrunk", "grown", "anew", "taken", "loaded", "by another"])
+def test_whoever_changes_a_rank_in_an_open_window_drops_what_it_has_seen(change, at):
+    model, optimizer, adapter = windowed()
+    train(model, optimizer, adapter, at)
+    was = adapter.observer
+    assert was is not None
+    with pytest.warns(UserWarning, match="'0' w.* before the decision of step 10; what was seen so far is dropped") as told:
+        change(model, optimizer, adapter)
+        events = train(model, optimizer, adapter, 10 - at, start=at)
+    assert len(told) == 1 and adapter.observer is not was and adapter.ranks["0"] == model[0].rank
+    assert bool(events) == (at < 9 or change.__name__ == "<lambda>")       # by the steps that are left, if there are any
+    assert {e.step for e in train(model, optimizer, adapter, 10, start=10)} == {20}
+    adapter.check_held()
+
+
+def test_moments_of_two_bases_are_never_added_up():
+    model, optimizer, adapter = windowed()
+    train(model, optimizer, adapter, 7)
+    with pytest.warns(UserWarning, match="the rank of '0' was changed by hand after step 7"):
+        adapter.resize({"0": model[0].rank})
+    assert adapter.observer.done == 0 and adapter.observer.steps == 3
+    assert not any(x.any() for book in adapter.observer.books.values() for x in book.total.values())
+
+
+def test_every_dropped_window_is_said():
+    model, optimizer, adapter = windowed()
+    for start in (0, 10):
+        train(model, optimizer, adapter, 9, start=start)
+        with pytest.warns(UserWarning, match=f"the factors of '0' were replaced .*the decision of step {start + 10}") as told:
+            loaded(model, optimizer, adapter)
+            with torch.no_grad():
+                model[0].take_rank(model[0].rank + 1)
+                model[0].U.normal_()
+                model[0].V.normal_()
+            assert train(model, optimizer, adapter, 1, start=start + 9) == [] and len(told) == 1
+    assert {e.step for e in train(model, optimizer, adapter, 10, start=20)} == {30}
+
+
+def test_a_decision_by_hand_inside_the_clocks_window_leaves_the_clock_a_decision():
+    model, optimizer, adapter = windowed()
+    train(model, optimizer, adapter, 9)
+    assert adapter.adapt() and adapter.observer.steps == 1
+    train(model, optimizer, adapter, 11, start=9)
+    assert adapter.steps == 20
+
+
+def test_a_window_that_nobody_can_go_on_with_is_not_saved():
+    model, optimizer, adapter = windowed()
+    train(model, optimizer, adapter, 7)
+    assert adapter.state_dict()["seen"]["steps"] == 4
+    taken(model, optimizer, adapter)
+    assert adapter.state_dict()["seen"] is None
+
+
+def test_a_closed_adapter_opens_no_window():
+    model, optimizer, adapter = windowed()
+    train(model, optimizer, adapter, 7)
+    adapter.close()
+    adapter.resize({"0": 5})
+    assert adapter.observer is None and all("op" not in layer.__dict__ for layer in low_rank_layers(model).values())
+
+
+def test_who_is_frozen_is_asked_a_few_times_and_not_once_per_layer(monkeypatch):
+    asked, frozen = [], RankAdapter.frozen
+    monkeypatch.setattr(RankAdapter, "frozen", property(lambda self: asked.append(1) or frozen.fget(self)))
+    counts = []
+    for layers in (3, 30):
+        model = alr.factorize_(nn.Sequential(*(nn.Linear(8, 8) for _ in range(layers))), rank=4)
+        optimizer = alr.PairOptimizer(model)
+        recipe = replace(recipes.alr, every=2, control=Budget(share=0.5, end=1.0, min_rank=1), resize=TangentCut())
+        adapter = RankAdapter(model, optimizer, recipe, total_steps=8)
+        for i in range(4):
+            model(torch.randn(4, 8)).square().mean().backward()
+            optimizer.step()
+            adapter.step()
+        with pytest.warns(UserWarning, match="what was seen so far is dropped"):
+            adapter.resize({name: 3 for name in adapter.ranks})
+        counts.append(len(asked))
+        asked.clear()
+    assert counts[0] == counts[1]

@@ -120,3 +120,13 @@ def test_loss_target_shrinks_while_it_is_free_and_grows_when_it_is_not():
     large, _ = after((3.9, 4.5))
     assert size(small, [(10, 10), (10, 30)]) <= 240 and memory == 2
     assert size(large, [(10, 10), (10, 30)]) > 300 and max(large) <= 9
+
+
+@pytest.mark.parametrize("per_parameter", [True, False])
+@pytest.mark.parametrize("multiple", [1, 2, 3, 8])
+@pytest.mark.parametrize("importance", [0.1, 0.3, 1 / 3, 1e-30])
+def test_blocks_of_equal_importance_are_taken_in_order(importance, multiple, per_parameter):
+    """The mean of eight equal numbers may round below the number itself, the mean of a part of a block."""
+    for count, parameters in ((9, 20), (9, 160), (11, 180), (17, 330)):
+        ranks = allocate([[importance] * count] * 2, [(10, 10)] * 2, parameters, 0, None, multiple, per_parameter)
+        assert size(ranks, [(10, 10)] * 2) <= parameters

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import alr.control
-from alr.control import Bidirectional, Hold, Schedule, Signal, Stairs
+from alr.budget import Budget
+from alr.control import Bidirectional, ByLayer, Hold, Schedule, Signal, Stairs
 
 CAPS = Signal(caps=(512, 512))
 
@@ -94,3 +95,30 @@ def test_stairs_make_the_same_way_in_so_many_equal_steps(changes):
     first = next(i for i, ranks in enumerate(path) if ranks[0] < 64)
     assert first == -(-37 // (changes + 1)), "the first change comes when its share of training has passed"
     assert c.finished(path[-1], memory, signal)
+
+
+def test_rules_by_layer_are_finished_when_all_of_them_are():
+    names = ["a", "b"]
+    def done(control, memory=None, names=names, **signal):
+        ranks = [8] * len(names)
+        return control.finished(ranks, control.init(ranks) if memory is None else memory,
+                                Signal(caps=[512] * len(names), names=names, shapes=[(64, 64)] * len(names), **signal))
+    assert done(ByLayer((("*", Hold()),))) and done(ByLayer((("a", Hold()), ("b", ByLayer((("*", Hold()),))))))
+    assert not done(ByLayer((("a", Hold()), ("*", Bidirectional()))))
+    assert done(ByLayer((("a", Hold()), ("*", Bidirectional()))), names=["a", "a"])         # of the rules that have a layer
+    cut = ByLayer((("a", Hold()), ("*", Budget(share=0.25, end=0.5))))
+    assert not done(cut, progress=0.4) and done(cut, {"a": [], "*": [8]}, progress=0.6)
+    with pytest.raises(ValueError, match="1 ranks and 0 names"):
+        ByLayer((("*", Hold()),)).finished([1], {}, Signal(caps=[9]))
+
+
+def test_rules_by_layer_answer_for_their_own_layers_however_deep():
+    inner = ByLayer((("a*", Hold()), ("*", Budget())))
+    outer = ByLayer((("x", Hold()), ("*", inner)))
+    assert outer.parts(["x", "a1", "b", "a2"]) == [(Hold(), [0]), (Hold(), [1, 3]), (Budget(), [2])]
+    assert outer.for_layer("b") == Budget() and Hold().parts(["x", "y"]) == [(Hold(), [0, 1])]
+
+
+def test_a_schedule_keeps_its_steps_on_another_clock():
+    c = Schedule(path=((100, 8), (200, {"a": 4})))
+    assert c.paced(0.1) == c and ByLayer((("*", c),)).paced(0.1).for_layer("a") == c

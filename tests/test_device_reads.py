@@ -157,6 +157,29 @@ def test_average_gradients_of_one_process_reads_nothing():
     assert counted(lambda: alr.average_gradients(model)) == (0, 0)
 
 
+class Two(alr.group.Group):
+    """Two processes that hold the same, as far as their sums go."""
+
+    size = 2
+
+    def sum(self, tensors):
+        for x in tensors:
+            x.mul_(2)
+
+
+@pytest.mark.parametrize("used", ["all", "some", "none", "no parameters"])
+def test_gradients_are_averaged_without_a_read_where_all_parameters_were_used(used, monkeypatch):
+    monkeypatch.setattr(alr.group, "Group", Two)
+    model = net() if used != "no parameters" else nn.Tanh()
+    if used in ("all", "some"):
+        (model if used == "all" else model[:2])(torch.randn(4, 24)).sum().backward()
+    before = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+    found = counted(lambda: alr.average_gradients(model))
+    assert found == (0, 0) or used in ("some", "none")
+    for p, grad in zip(model.parameters(), before, strict=True):
+        assert p.grad is grad is None or torch.equal(p.grad, grad)
+
+
 def decision(layers):
     """(reads, copies, rank changes) of the first decision of a model of so many layers, its forward and backward included."""
     return next(found[1:] for found in steps_counted(pairs, ALR, 24, net(layers - 1)) if ALR.due(found[0]))

@@ -11,12 +11,13 @@ from alr.estimate import (
     StableRank,
     StableRankPower,
     effective_rank,
+    fresh_stable_rank,
     share_rank,
     stable_rank,
     stable_rank_exact,
     stable_rank_power,
 )
-from alr.init import Gaussian
+from alr.init import Fresh, Gaussian, Spectral
 
 
 def layer(m=64, n=48, r=16, seed=0):
@@ -96,3 +97,18 @@ def test_scaled_stable_rank_of_a_fresh_layer_is_its_rank():
         layer.U[:, 0] *= 10                                         # one direction outgrows the others
     assert ScaledStableRank()(layer) < 6
     assert ScaledStableRank(init=Gaussian()) != ScaledStableRank()
+
+
+def test_what_a_fresh_layer_scores_is_asked_without_touching_any_generator(monkeypatch):
+    """torch.manual_seed seeds every device, and only the CPU's generator is put back."""
+    def seeds_all(seed):
+        raise AssertionError("this seeds every device")
+    for place in (torch, torch.random, torch.cuda, torch.mps):
+        for name in ("manual_seed", "manual_seed_all", "seed", "seed_all"):
+            if hasattr(place, name):
+                monkeypatch.setattr(place, name, seeds_all)
+    fresh_stable_rank.cache_clear()
+    before = torch.get_rng_state()
+    for init in (Spectral(), Fresh(), Gaussian()):
+        assert 1 <= fresh_stable_rank(12, 9, 4, init) <= 4
+    assert torch.equal(torch.get_rng_state(), before)

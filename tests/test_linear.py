@@ -10,7 +10,6 @@ from torch import nn
 import alr
 from alr import LowRankLinear, densify_, factorize_, low_rank_layers
 from alr.init import Gaussian, Normal, Spectral
-from alr.linear import product_decay_
 
 close = torch.testing.assert_close
 
@@ -162,15 +161,25 @@ def test_a_tied_head_can_be_left_out():
     assert list(low_rank_layers(model)) == ["up", "down"] and model.head.weight is model.wte.weight
 
 
-def test_product_decay_is_the_gradient_step_of_the_products_norm():
-    torch.manual_seed(0)
-    model = alr.factorize_(nn.Sequential(nn.Linear(9, 7), nn.Linear(7, 5)), rank=3)
-    layer = model[0]
-    U, V = layer.U.detach().clone(), layer.V.detach().clone()
-    (0.5 * (layer.U @ layer.V).square().sum()).backward()
-    want = U - 0.1 * layer.U.grad, V - 0.1 * layer.V.grad
-    bias = layer.bias.detach().clone()
-    product_decay_(model, 0.1)
-    torch.testing.assert_close(layer.U.detach(), want[0])
-    torch.testing.assert_close(layer.V.detach(), want[1])
-    assert torch.equal(layer.bias, bias)
+def test_a_layer_in_two_places_does_not_go_back_by_half():
+    model = factorize_(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), rank=2)
+    model.append(model[0])
+    with pytest.raises(ValueError, match="densify_: '0' is the same module as '2'.*copy.deepcopy"):
+        densify_(model)
+    assert list(low_rank_layers(model)) == ["0", "1"] and model[2] is model[0]
+    model[2] = copy.deepcopy(model[0])
+    assert not low_rank_layers(densify_(model))
+    tied = factorize_(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), rank=2)
+    tied[1].V = tied[0].V
+    with pytest.raises(ValueError, match="densify_: '0' shares a factor with '1.V'"):
+        densify_(tied)
+    assert len(low_rank_layers(tied)) == 2
+
+
+def test_a_block_in_two_places_goes_back_in_both():
+    block = factorize_(nn.Sequential(nn.Linear(8, 8)), rank=2)
+    model = nn.Sequential(block, nn.ReLU(), block)
+    x = torch.randn(3, 8)
+    y = model(x)
+    close(densify_(model)(x), y)
+    assert model[0] is model[2] and type(model[2][0]) is nn.Linear

@@ -16,8 +16,9 @@ from torch import nn
 from torch.nn.utils import prune
 
 import alr
+from alr import fisher
 from alr.budget import Budget, size
-from alr.control import Bidirectional
+from alr.control import Bidirectional, ByLayer, Hold
 from alr.init import Fresh, Gaussian, Normal, Spectral
 from alr.linear import densify_, factorize_, low_rank_layers
 from alr.observe import Observer
@@ -166,6 +167,43 @@ def test_an_adapter_made_after_the_model_was_loaded_sees_that_the_optimizer_is_o
     b.load_state_dict(a.state_dict())
     with refused(ValueError, "no optimizer holds the factors of '0'.*after factorize_ and load_state_dict", b, [older]):
         alr.RankAdapter(b, older, FAST, total_steps=60)
+
+
+def tie(model, other, *keys):
+    for key in keys:
+        setattr(other, key, getattr(model[0], key))
+
+
+@pytest.mark.parametrize("keys", ["UV", "U", "V"])
+@pytest.mark.parametrize("kind", ["layer", "left out", "embedding", "late"])
+def test_a_factor_that_another_module_holds_too_is_refused(kind, keys):
+    model = factorize_(nn.Sequential(nn.Linear(24, 24), nn.Linear(24, 24), nn.Embedding(24, 4)), rank=4)
+    recipe = replace(FAST, where=("0",)) if kind == "left out" else FAST
+    other = f"2.{keys[0].lower()}" if kind == "embedding" else f"1.{keys[0]}"
+    def make():
+        if kind == "embedding":
+            for key in keys:
+                setattr(model[2], key.lower(), getattr(model[0], key))
+        else:
+            tie(model, model[1], *keys)
+    if kind == "late":                                              # tied after the adapter was made
+        optimizer, adapter = start(model, replace(alr.recipes.uniform, rank=4))
+        make()
+        with refused(ValueError, f"'0' shares its {keys[0]} with '{other}'", model, [optimizer]):
+            adapter.resize({"0": 2, "1": 2})
+        return
+    make()
+    optimizer = torch.optim.AdamW(model.parameters())
+    with refused(ValueError, rf"RankAdapter: '0' shares its {keys[0]} with '{other}'.*detach\(\).clone", model, [optimizer]):
+        alr.RankAdapter(model, optimizer, recipe, total_steps=60)
+    assert not optimizer._optimizer_step_post_hooks
+
+
+def test_a_layer_that_stands_in_two_places_is_one_layer():
+    model = factorize_(nn.Sequential(nn.Linear(24, 24), nn.Linear(24, 24)), rank=8)
+    model.append(model[0])
+    optimizer, adapter = start(model, replace(alr.recipes.uniform, rank=8))
+    assert adapter.resize({"0": 2})[0].new == model[2].rank == 2 and set(adapter.ranks) == {"0", "1"}
 
 
 @pytest.mark.parametrize("swap", [lambda model: densify_(model), lambda model: model.__setitem__(0, nn.Linear(48, 48)),
@@ -410,6 +448,33 @@ def test_a_suggested_start_is_of_the_weights_that_were_seen():
     with refused(ValueError, "factorize_: '0': the weight is not the one that suggest_ranks saw.*suggest_ranks again", later):
         factorize_(later, found.ranks, init=found.init)
     factorize_(model, found.ranks, init=found.init)
+
+
+def test_a_suggestion_says_nothing_of_its_private_copy():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.body = nn.Conv1d(1, 1, 3, padding=1), dense()
+            self.mix = nn.Conv1d(4, 4, 3)
+
+        def forward(self, x):
+            return self.body(self.stem(x[:, None])[:, 0])
+    model = Net()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = alr.suggest_ranks(model, [batch(i) for i in range(2)], share=0.5)
+    with pytest.warns(UserWarning, match="factorize_: .* not taken, though they hold matrices"):
+        factorize_(model, found.ranks, init=found.init)
+
+
+def test_a_suggested_start_forms_no_gram_matrix_of_full_rank_again(monkeypatch):
+    model = dense()
+    found = alr.suggest_ranks(model, [batch(i) for i in range(4)], share=0.5)
+    U, V, seen = found.init.seen["0"]
+    want = fisher.cut_along(U, V, found.ranks["0"], seen.A, seen.B)
+    monkeypatch.setattr(fisher, "gram", None)
+    got = found.init.for_layer("0")(model[0].weight, found.ranks["0"])
+    assert torch.equal(got[0], want.U) and torch.equal(got[1], want.V)
 
 
 def test_a_layer_that_no_batch_reaches_takes_no_budget_from_the_others():
@@ -1069,3 +1134,25 @@ def test_another_length_of_the_run_is_said_on_loading():
 def test_what_a_newcomer_types_first_is_answered(call, words):
     with pytest.raises(ValueError, match=words):
         call(alr.factorize_(nn.Sequential(nn.Linear(8, 8)), rank=2))
+
+
+def test_a_budget_among_rules_by_layer_says_what_is_wrong_with_its_own():
+    recipe = replace(FAST, control=ByLayer((("0", Hold()), ("*", Budget(share=0.5, min_rank=2)))))
+    with pytest.warns(UserWarning, match="share=0.5: no rank will ever move") as told:
+        start(factorize_(dense(), {"0": 24, "2": 8, "4": 4}), recipe)
+    assert len(told) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        start(factorize_(dense(), {"0": 4, "2": 22, "4": 9}), recipe)
+
+
+def test_rules_that_all_hold_open_no_window():
+    model = net()
+    optimizer, adapter = start(model, replace(FAST, control=ByLayer((("0", Hold()), ("*", Hold())))))
+    assert train(model, optimizer, adapter, 0, 7) == [] and adapter.observer is None
+
+
+def test_a_length_of_the_run_in_numpys_numbers_can_be_saved():
+    model = net()
+    state = start(model, total=np.int64(60))[1].state_dict()
+    assert type(state["total_steps"]) is int

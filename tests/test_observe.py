@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -376,6 +377,53 @@ def test_going_on_inside_of_the_window_is_not_stopping(steps):
     run(other, optimizer2, adapter2, steps, 26)
     for p, q in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("stop", [None, 1])
+@pytest.mark.parametrize("steps", [2, 5])                           # in each half of the window
+def test_a_window_opened_by_hand_goes_on_too(steps, stop):
+    recipe = replace(FAST, every=50, stop=stop)
+    def begin():
+        optimizer = alr.PairOptimizer(model := start(), lr=0.01)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*the first decision would come never")
+            return model, optimizer, RankAdapter(model, optimizer, recipe, total_steps=64)
+    parts, others = begin(), begin()
+    parts[2].observe(8)
+    run(*parts, 0, steps)
+    for part, other in zip(parts, others):
+        other.load_state_dict(copy.deepcopy(part.state_dict()))
+    assert (others[2].observer.steps, others[2].observer.half, others[2].observer.done) == (8, 4, steps)
+    for some in (parts, others):
+        run(*some, steps, 8)
+    a, b = (some[2].observer.close() for some in (parts, others))
+    assert all(torch.equal(a[name].importance, b[name].importance) and a[name].steps == b[name].steps == 8 for name in a)
+    state = copy.deepcopy(parts[2].state_dict() | {"seen": parts[2].observer.state_dict()})
+    del state["seen"]["steps"]                                      # as written before the length was kept
+    others[2].load_state_dict(state)
+
+
+@pytest.mark.parametrize("steps", [-3, 0, True, 2.5, "4"])
+def test_a_window_without_a_step_is_refused(steps):
+    model = start()
+    _, adapter = adapted(model, 1)
+    with pytest.raises(ValueError, match="RankAdapter.observe: steps is .*; wanted the length of the window.*at least 1"):
+        adapter.observe(steps)
+    with pytest.raises(ValueError, match="Observer: steps is"):
+        Observer(low_rank_layers(model), ("importance",), steps)
+    assert adapter.observer is None
+
+
+def test_a_second_window_is_refused_and_the_first_goes_on():
+    model = start()
+    optimizer, adapter = adapted(model, 2)
+    adapter.observe(4)
+    run(model, optimizer, adapter, 2, 3)
+    was = adapter.observer
+    with pytest.raises(ValueError, match="a window of 8 steps was asked for, and one of 4 is open, 1 of them done"):
+        adapter.observe(8)
+    adapter.observe()
+    assert adapter.observer is was and was.steps == 4
 
 
 def test_close_leaves_nothing():

@@ -11,9 +11,11 @@ import alr
 from alr.linear import factorize_, low_rank_layers
 from alr.optim import PairOptimizer, pairs
 from alr.resize import SvdCore
-from alr.rules import Spectron, orthogonalize, whitener
+from alr.rules import LoRAMuon, Spectron, orthogonalize, whitener
 from alr.state import Reset, Slice, Swap, Transport
-from alr.tangent import Tangent
+from alr.tangent import LoRATSD, Tangent
+
+from bits import same
 
 
 def net(rank=4):
@@ -181,3 +183,48 @@ def test_schedulers_move_the_rates_of_both_kinds_of_groups(make):
         rates.append(tuple(group["lr"] for group in optimizer.param_groups))
     assert len(set(rates)) > 4 and all(abs(a / b - 3) < 0.35 for a, b in rates)
     assert all(p.isfinite().all() for p in model.parameters())
+
+
+RULES = [Tangent(), Spectron(), LoRAMuon(), LoRATSD()]
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["", "of before rules were named"])
+@pytest.mark.parametrize("mine", RULES, ids=repr)
+@pytest.mark.parametrize("theirs", RULES, ids=repr)
+def test_the_state_of_another_rule_is_refused_before_anything_is_loaded_or_goes_on(theirs, mine, named):
+    model, other = net(), net()
+    optimizer, saved = PairOptimizer(model, lr=0.05, rule=mine), PairOptimizer(other, rule=theirs, lr=0.01)
+    grads(other)
+    saved.step()
+    grads(model)
+    state, before = saved.state_dict(), copy.deepcopy(optimizer.state_dict())
+    if not named:
+        del state["rule"]
+    if mine != theirs and (named or {"momentum_buffer"} != set(state["state"][0]) | set(before["state"][0])):
+        with pytest.raises(ValueError, match="another rule|of the rule"):
+            optimizer.load_state_dict(state)
+        assert same(optimizer.state_dict(), before)
+    else:                               # LoRA-Muon's and LoRA-TSD's states are alike: averages of the factors' gradients
+        optimizer.load_state_dict(state)
+    optimizer.step()
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_a_state_of_one_factor_alone_is_refused_and_a_pair_without_state_is_not():
+    model = net()
+    optimizer = PairOptimizer(pairs(model))
+    state = copy.deepcopy(optimizer.state_dict())
+    del state["state"][0], state["state"][1]                        # as after a reset
+    optimizer.load_state_dict(copy.deepcopy(state))
+    del state["state"][2]
+    with pytest.raises(ValueError, match="is of another rule"):
+        optimizer.load_state_dict(state)
+
+
+@pytest.mark.parametrize("setting", [
+    {"rest_betas": 0.9}, {"rest_betas": None}, {"rest_betas": (0.9,)}, {"rest_betas": "ab"}, {"rest_betas": (0.9, None)},
+    {"rest_betas": (0.9, 1.0)}, {"rest_eps": (1,)}, {"lr": torch.ones(2)}, {"lr": "0.1"}, {"ns_steps": 1.5}])
+def test_a_setting_of_the_wrong_kind_is_refused_by_name(setting):
+    (name,) = setting
+    with pytest.raises(ValueError, match=f"PairOptimizer: {name.removeprefix('rest_')} is .*; wanted"):
+        PairOptimizer(net(), **setting)

@@ -1,8 +1,10 @@
 """Every law that has a precision, in every precision: a table of law x dtype, and float32 weights inside autocast."""
 
+import ast
 import contextlib
 import copy
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from torch import nn
 
 import alr
 from alr.estimate import effective_rank, stable_rank, stable_rank_exact
-from alr.factor import core_cut, grow, relative_change, svd_core, svd_full
+from alr.factor import core_cut, exact, grow, relative_change, svd_core, svd_full
 from alr.fisher import fisher_cut
 from alr.init import Fresh, Gaussian, Spectral
 from alr.linear import densify_, factorize_, low_rank_layers
@@ -120,6 +122,74 @@ def test_into_factors_and_back_again_is_w_to_rounding(kind):
     for layer, before in zip((model[0], model[2]), W):
         assert layer.weight.dtype == dtype_of(kind)
         assert (layer.weight.double() - before).norm() <= (4 * EPS[kind] + 2e-6) * before.norm()
+
+
+# ------------------------------------------------------------------------------------------------ what the user has set
+
+CUDA, CPU = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+SET = {"nothing": lambda: None, "highest": lambda: torch.set_float32_matmul_precision("highest"),
+       "high": lambda: torch.set_float32_matmul_precision("high"),
+       "medium": lambda: torch.set_float32_matmul_precision("medium"),
+       "allow_tf32": lambda: setattr(CUDA, "allow_tf32", True),
+       "cuda tf32": lambda: setattr(CUDA, "fp32_precision", "tf32"),
+       "cpu bf16": lambda: setattr(CPU, "fp32_precision", "bf16"), "cpu tf32": lambda: setattr(CPU, "fp32_precision", "tf32"),
+       "all tf32": lambda: setattr(torch.backends, "fp32_precision", "tf32"),
+       "all bf16": lambda: setattr(torch.backends, "fp32_precision", "bf16"),
+       "both": lambda: (torch.set_float32_matmul_precision("high"), setattr(CPU, "fp32_precision", "bf16"))}
+
+
+def precisions():
+    """What torch tells of itself, by both of its ways; the older refuses to answer where the newer was used."""
+    try:
+        older = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        older = "mixed"
+    return CUDA.fp32_precision, CPU.fp32_precision, torch.backends.fp32_precision, older, torch.is_autocast_enabled("cpu")
+
+
+@pytest.fixture(params=SET)
+def as_set(request):
+    SET[request.param]()
+    yield request.param
+    torch.backends.fp32_precision = "none"
+    torch.set_float32_matmul_precision("highest")
+    CUDA.fp32_precision = CPU.fp32_precision = "none"
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_products_are_exact_and_what_the_user_had_set_comes_back(as_set, device):
+    knob = CUDA if device == "cuda" else CPU
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        before = precisions()
+        for error in (None, ValueError):
+            with contextlib.suppress(ValueError):
+                with exact(torch.device(device)):
+                    with exact(torch.device(device)):               # nested
+                        pass
+                    assert knob.fp32_precision in ("ieee", "none") and torch.is_autocast_enabled(device) is False
+                    if error:
+                        raise error
+            assert precisions() == before
+    torch.backends.fp32_precision = "ieee"                          # a knob that followed this one still does
+    assert knob.fp32_precision == ("ieee" if as_set.split()[0] in ("all", "nothing") or before[device == "cpu"] == "none"
+                                   else before[device == "cpu"])
+
+
+@pytest.mark.parametrize("rule", [Tangent(), Spectron()], ids=repr)
+def test_the_pair_optimizer_and_a_resize_work_whatever_the_user_has_set(as_set, rule):
+    def trained():
+        torch.manual_seed(0)
+        model = factorize_(nn.Sequential(nn.Linear(24, 20), nn.Tanh(), nn.Linear(20, 8)), rank=5)
+        optimizer = alr.PairOptimizer(model, rule=rule)
+        adapter = alr.RankAdapter(model, optimizer, alr.recipes.uniform)
+        for k in (4, 6):
+            for p in model.parameters():
+                p.grad = torch.ones_like(p)
+            optimizer.step()
+            adapter.resize({"0": k})
+        return model, precisions()
+    model, after = trained()
+    assert after == precisions() and all(p.isfinite().all() for p in model.parameters())
 
 
 # ------------------------------------------------------------------------------------------------ the pair optimizer
@@ -333,3 +403,22 @@ def test_suggested_ranks_hardly_depend_on_the_precision(kind):
     assert all(abs(other.ranks[name] - full.ranks[name]) <= 3 for name in full.ranks)
     factorize_(model, other.ranks, init=other.init)
     assert all(p.dtype == dtype_of(kind) for p in model.parameters())
+
+
+# ------------------------------------------------------------------------------------------------ devices without float64
+
+def test_nothing_becomes_float64_before_it_has_left_its_device():
+    """MPS has no float64: X.double() is for `factor.wide` alone; elsewhere it may only follow .cpu()."""
+    def calls(place, name):
+        return [node for node in ast.walk(place) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+                and node.func.attr == name]
+    root = Path(alr.__file__).parent
+    found = []
+    for path in sorted(root.rglob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        allowed = [node for part in ast.walk(tree) if isinstance(part, ast.FunctionDef) and part.name == "wide"
+                   for node in calls(part, "double")]
+        for call in calls(tree, "double"):
+            if call not in allowed and "cpu" not in ast.unparse(call.func.value).rpartition(".")[2]:
+                found.append(f"{path.relative_to(root)}: {ast.unparse(call)}")
+    assert [line for line in found if not line.startswith("adapt.py")] == []

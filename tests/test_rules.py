@@ -11,9 +11,10 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from alr.factor import grow, product, svd_core
+from alr.factor import grow, svd_core
+from alr.linear import factorize_
 from alr.optim import PairOptimizer
-from alr.rules import LoRAMuon, Pair, Settings, Spectron, inverse_root, orthogonalize
+from alr.rules import LoRAMuon, Pair, Settings, Spectron, inverse_root, orthogonalize, product_decay_
 from alr.state import Reset, Slice, Swap, Transport
 from alr.tangent import LoRATSD, Tangent, frame
 
@@ -22,6 +23,10 @@ SETTINGS = Settings(lr=0.05, momentum=0.95, nesterov=True, weight_decay=0.1, dec
 RULES = [Spectron(), Tangent(), Tangent(cut="svd"), LoRAMuon(), LoRATSD(), LoRATSD(tau=1, balance=False)]
 FREE = [rule for rule in RULES if not isinstance(rule, Spectron)]           # of how W is split
 SHAPES = [(20, 5, 12), (12, 5, 20), (20, 5, 12), (20, 7, 12), (12, 12, 20), (20, 12, 12), (9, 9, 9), (30, 1, 8)]
+
+
+def product(U, V):
+    return U @ V                                                    # (m, n)
 
 
 def draw(*shape, seed=0):
@@ -390,3 +395,38 @@ def test_lora_tsd_balances_its_factors_and_their_momenta():
     train(optimizer, pairs, targets, 2)
     U, V = pairs[0]
     torch.testing.assert_close(U.norm(), V.norm())
+
+
+def test_product_decay_is_the_gradient_step_of_the_products_norm():
+    torch.manual_seed(0)
+    model = factorize_(nn.Sequential(nn.Linear(9, 7), nn.Linear(7, 5)), rank=3)
+    layer = model[0]
+    U, V = layer.U.detach().clone(), layer.V.detach().clone()
+    (0.5 * (layer.U @ layer.V).square().sum()).backward()
+    want = U - 0.1 * layer.U.grad, V - 0.1 * layer.V.grad
+    bias = layer.bias.detach().clone()
+    product_decay_(model, 0.1)
+    torch.testing.assert_close(layer.U.detach(), want[0])
+    torch.testing.assert_close(layer.V.detach(), want[1])
+    assert torch.equal(layer.bias, bias)
+
+
+@pytest.mark.parametrize("zero", ["of rank 0", "U is zero", "V is zero"])
+def test_a_layer_without_a_direction_is_taken_and_trained_once_it_has_one(rule, zero):
+    r = 0 if zero == "of rank 0" else 3
+    (U, V), target = problem([(20, r, 12)])[0][0], draw(20, 12) / 3
+    with torch.no_grad():
+        (U if zero[0] == "U" else V).zero_()
+    optimizer = optimizer_of([(U, V)], rule)
+    train(optimizer, [(U, V)], [target], 2)
+    new = [nn.Parameter(x) for x in grow(U, V, r + 2)]
+    Transport()([optimizer], [Swap(U, V, *new)])
+    for _ in range(5):
+        before = product(*new).detach()
+        train(optimizer, [new], [target], 1)
+    moved = torch.linalg.matrix_norm(product(*new).detach() - before, 2)
+    assert 0 < moved < (0.25 if isinstance(rule, Spectron | Tangent) else 1e3)      # lr * shape scale * some 2.5
+    if isinstance(rule, Spectron):                                  # it knows the size of both factors, as at any birth
+        for x, side in zip(new, (new[0].detach(), new[1].detach().mT)):
+            direction = optimizer.state[x]["direction"]
+            assert direction.norm() > 0.99 and (side.mT @ direction).norm() > 0.3 * torch.linalg.matrix_norm(side, 2)

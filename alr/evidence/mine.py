@@ -67,6 +67,10 @@ def score(mine: Runs, suite: Runs, metric: str = "val_loss") -> pd.DataFrame:
     if unlike := differences(mine, suite):
         raise ValueError(f"--mine: these runs cannot be compared with {suite.suite}: {'; '.join(unlike)}. The command line "
                          "of a comparable run is in the first line of any of its records.")
+    known = [name for name in suite.ends if name in mine.ends and pd.api.types.is_float_dtype(suite.ends[name])]
+    if metric not in known:
+        raise ValueError(f"--metric {metric!r} is no number that your runs and {suite.suite}'s end with; there are "
+                         f"{', '.join(known)}.")
     own, rows = mine.ends.set_index("seed"), []
     for arm, ends in suite.ends.groupby("arm"):
         ends = ends.set_index("seed")

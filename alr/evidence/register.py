@@ -33,7 +33,6 @@ from .stats import METHODS, half_width
 
 HOLDS, FAILS, OPEN = "holds", "fails", "open"
 GAIN = "fails its bar, gain decided"    # the difference is smaller than the bar, and its sign is sure
-JUDGED = (HOLDS, GAIN, FAILS, OPEN)     # the verdicts, for tables and tallies
 
 NEEDED = {"text", "suite", "metric", "chapter", "unit"}
 OPTIONAL = {"arms", "single", "paired", "ratio", "rule", "threshold", "format", "interval", "with", "sd", "n"}

@@ -36,7 +36,7 @@ from __future__ import annotations
 import math
 import random
 import tomllib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
@@ -109,12 +109,12 @@ class Suite:
     def config(self, arm: Arm, seed: int, **more) -> Config:
         return Config(**{**self.base, **arm.set, **more, "recipe": arm.name, "seed": seed})
 
-    def tuning_jobs(self) -> list[Job]:
-        """Every run that is needed to choose: arms x grid x tune seeds."""
+    def tuning_jobs(self, arms: Sequence[Arm] | None = None) -> list[Job]:
+        """Every run that is needed to choose: arms (all if not said) x grid x tune seeds."""
         if self.tune is None:
             return []
         jobs = []
-        for arm in self.arms:
+        for arm in self.arms if arms is None else arms:
             key, values = self.grid(arm)
             jobs += [Job(self.name, arm, self.config(arm, seed, **{**self.tune.set, key: value}), tuned=key)
                      for value in values for seed in self.tune.seeds]
@@ -133,8 +133,8 @@ class Suite:
         if self.tune is None or not arm.tune:
             return {}
         losses, (key, values) = {}, self.grid(arm)
-        for job in self.tuning_jobs():
-            if job.arm == arm and job.path(data).exists():
+        for job in self.tuning_jobs([arm]):
+            if job.path(data).exists():
                 run, end = run_and_end(job.path(data))
                 if run["config"].get(key) == getattr(job.config, key):      # else another run's, under this one's name
                     losses.setdefault(getattr(job.config, key), []).append(end["val_loss"])
@@ -150,12 +150,13 @@ class Suite:
         found = {arm.name: self.chosen(arm, data) for arm in self.arms}
         return {name: value for name, value in found.items() if value}
 
-    def jobs(self, data: Path, arms: Collection[Arm] | None = None) -> list[Job]:
+    def jobs(self, data: Path, values: Mapping[str, dict | None] | None = None) -> list[Job]:
         """The runs that count, arms whose ranks come from another arm last; only arms whose tuning is finished.
 
-        arms: of these alone; of all if not said.
+        values: what `chosen` has said, by arm, of these arms alone; it is asked of all if not said.
         """
-        values = {arm.name: self.chosen(arm, data) for arm in self.arms if arms is None or arm in arms}
+        if values is None:
+            values = {arm.name: self.chosen(arm, data) for arm in self.arms}
         ready = [arm for arm in self.arms if values.get(arm.name) is not None]
         ready.sort(key=lambda arm: arm.ranks_from is not None)
         return [Job(self.name, arm, self.config(arm, seed, **values[arm.name]))

@@ -151,16 +151,16 @@ def plan(suite: Suite, data: Path, only: Sequence[str] = ()) -> Plan:
     known = [arm.name for arm in suite.arms]
     if unknown := set(only) - set(known):
         raise ValueError(f"suite {suite.name} has no arm {sorted(unknown)[0]!r}; it has {', '.join(known)}.")
-    now, later, broken, untuned, good = [], [], {}, {}, []
+    now, later, broken, values = [], [], {}, {}
     for arm in suite.arms:
         if not only or arm.name in only:
             try:
-                if suite.chosen(arm, data) is None:
-                    untuned[arm.name] = len(suite.seeds_of(arm))
-                good.append(arm)
+                values[arm.name] = suite.chosen(arm, data)
             except ValueError as error:
                 broken[arm.name] = str(error)
-    for job in [job for job in suite.tuning_jobs() if job.arm in good] + suite.jobs(data, good):
+    good = [arm for arm in suite.arms if arm.name in values]
+    untuned = {arm.name: len(suite.seeds_of(arm)) for arm in good if values[arm.name] is None}
+    for job in suite.tuning_jobs(good) + suite.jobs(data, values):
         try:
             if not recorded(job, suite.recipe(job, data), data, suite.trial):
                 now.append(job)
@@ -179,14 +179,23 @@ def pending(suite: Suite, data: Path) -> tuple[list[Job], list[Job]]:
     return found.now, found.later
 
 
-def seconds(suite: Suite, job: Job, data: Path) -> float | None:
-    """How long a run will take: the mean of this arm's records, else of the suite's, else not known."""
-    times = {}
+def measured(suite: Suite, data: Path) -> dict[str, list[float]]:
+    """How long the recorded runs have taken, in seconds, by arm."""
+    times: dict[str, list[float]] = {}
     for path in (data / "runs" / suite.name).rglob("*.jsonl"):
         if path.parent.name.startswith(RUNNING):                    # of a sweep that is at work
             continue
         end = run_and_end(path)[1]
         times.setdefault(path.name.split(".seed")[0].split(".lr")[0], []).append(sum(end["seconds"].values()))
+    return times
+
+
+def seconds(suite: Suite, job: Job, data: Path, times: dict[str, list[float]] | None = None) -> float | None:
+    """How long a run will take: the mean of this arm's records, else of the suite's, else not known.
+
+    times: `measured` of the suite, where it is known already.
+    """
+    times = measured(suite, data) if times is None else times
     known = times.get(job.arm.name) or [t for ts in times.values() for t in ts]
     return sum(known) / len(known) if known else None
 
@@ -339,20 +348,20 @@ def sensible_jobs(suite: Suite) -> int:
 def dry_run(suite: Suite, data: Path = DATA, only: Sequence[str] = ()) -> str:
     """What would run, and for how long from what was measured so far; which records are broken."""
     todo = plan(suite, data, only)
-    times = []
-    for job in todo.now + todo.later:
-        try:
-            times.append(seconds(suite, job, data))
-        except ValueError:                              # of a broken record, which is named below or is another arm's
-            times.append(None)
+    try:
+        spent = measured(suite, data)
+    except ValueError:                                  # of a broken record, which is named below or is another arm's
+        spent = {}
+    times = [seconds(suite, job, data, spent) for job in todo.now + todo.later]
     known = [t for t in times if t is not None]
+    untuned = ", ".join(f"{count} run{'s' * (count > 1)} of {name}" for name, count in todo.untuned.items())
     lines = [f"  {job.name:<44} {'?' if t is None else f'{t:6.0f} s'}"
              + (f"  (waits for {job.arm.ranks_from})" if job in todo.later else "")
              for job, t in zip(todo.now + todo.later, times)]
     lines += [f"  {name}: {why}" for name, why in todo.broken.items()]
     lines.append(f"{suite.name}: {len(todo.now) + len(todo.later)} runs to make"
                  + (f", about {sum(known) / 60:.0f} min in one process" if known else ", no time measured yet")
-                 + (f"; then {len(suite.seeds)} seeds each of {', '.join(todo.untuned)}, once tuned" if todo.untuned else "")
+                 + (f"; then {untuned}, once tuned" if untuned else "")
                  + f"; up to --jobs {sensible_jobs(suite)} make sense here")
     return "\n".join(lines)
 

@@ -202,7 +202,7 @@ class Grouping(GradientRule):
             by_chance(len(G), self.seed + step)                     # (m,)
         return groups(similarity(G), order, threshold)
 
-    def attach(self, adapter) -> None:
+    def attach(self, adapter) -> list:
         """Average just before every optimizer step of the adapter; what it did last stands in `adapter.grouped`."""
         linears = {name: mod for name, mod in adapter.model.named_modules() if isinstance(mod, nn.Linear)}
         chosen = {name: mod for name, mod in linears.items() if any(fnmatchcase(name, p) for p in self.where)}
@@ -226,5 +226,4 @@ class Grouping(GradientRule):
                                                 largest_group(labels), kept)
                 G.copy_(mean)
 
-        for optimizer in adapter.optimizers:
-            optimizer.register_step_pre_hook(average)
+        return [optimizer.register_step_pre_hook(average) for optimizer in adapter.optimizers]

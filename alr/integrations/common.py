@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..adapt import RankAdapter, Recipe, Resize
+from ..factor import wide
 from ..linear import low_rank_layers
 from .averages import follow_ranks_
 
@@ -76,8 +77,7 @@ class Adapting:
 @torch.no_grad()
 def prints(model: nn.Module) -> dict[str, list]:
     """Two numbers by which to know a layer's weights again: {layer: [rank, sum of |U|]}."""
-    return {name: [layer.rank, layer.U.double().abs().sum().item() if layer.U.device.type != "mps" else
-                   layer.U.cpu().double().abs().sum().item()] for name, layer in low_rank_layers(model).items()}
+    return {name: [layer.rank, wide(layer.U).abs().sum().item()] for name, layer in low_rank_layers(model).items()}
 
 
 def alike(saved: dict[str, list], here: dict[str, list]) -> bool:

@@ -28,6 +28,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from .config import MissingFile
 from .files import fresh, put, replacing
 
 STATE = "state.pt"
@@ -187,7 +188,7 @@ def load(folder: str | Path) -> dict:
     foreign or of a newer alr."""
     path = Path(folder) / STATE
     if not path.exists():
-        raise FileNotFoundError(f"no checkpoint in {folder} ({STATE} is not there); leave out --resume to start anew.")
+        raise MissingFile(f"no checkpoint in {folder} ({STATE} is not there); leave out {{resume}} to start anew.")
     found = seal(path)
     if found is None:
         raise ValueError(f"{path} is no checkpoint of this program, or the end of it is missing{_advice(folder)}")

@@ -10,7 +10,7 @@ import torch
 
 from .. import recipes
 from . import checkpoint
-from .config import Config, SettingError, flag, with_flags
+from .config import Config, NamesSettings, flag, with_flags
 from .stop import listen
 from .training import train
 
@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
         say("the command line needs tyro (pip install tyro); from Python: from alr.lab import Config, train")
         return 1
     except (ValueError, OSError, ArithmeticError, MemoryError, torch.OutOfMemoryError) as error:
-        say(error.on_command_line if isinstance(error, SettingError) else error or type(error).__name__)
+        say(error.on_command_line if isinstance(error, NamesSettings) else error or type(error).__name__)
         return 1
     except RuntimeError as error:                       # torch has no class of its own for these
         first = str(error).partition("\n")[0]

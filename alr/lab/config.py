@@ -23,16 +23,24 @@ READ_BY_MODEL = {"gpt": ("n_layers", "n_heads", "d_ff", "dropout", "causal", "ti
                  "mlp": ("window", "d_embed")}          # what the other model does not read
 
 
-class SettingError(ValueError):
-    """A setting that is refused.  The text names settings in braces: Python reads lr, a shell --lr (`on_command_line`)."""
+class NamesSettings(Exception):
+    """An error whose text names settings in braces: Python reads lr, a shell --lr (`on_command_line`)."""
 
     def __init__(self, text: str):
         super().__init__(re.sub(r"\{(\w+)\}", r"\1", text))
         self.on_command_line = with_flags(text)
 
 
+class SettingError(NamesSettings, ValueError):
+    """A setting that is refused."""
+
+
 class MissingFile(SettingError, FileNotFoundError):
     """A setting that names a file which is not there."""
+
+
+class Diverged(NamesSettings, FloatingPointError):
+    """A loss or a gradient that is no finite number any more."""
 
 
 @contextlib.contextmanager

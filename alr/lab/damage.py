@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..estimate import loss_lost
-from ..factor import core, svd_core
+from ..factor import core, svd_core, wide
 from ..fisher import cut_along
 from ..linear import LowRankLinear
 from ..observe import Observer, Seen
@@ -55,7 +55,7 @@ def expected(U: Tensor, V: Tensor, k: int, H: Tensor, K: Tensor, first: Tensor) 
     """
     S, A, B = core(U, V)                                            # (r,), (r, r), (r, r)
     E = torch.eye(len(S), dtype=torch.double) - A[:, :k] @ torch.diag(1 / S[:k]) @ B[:k]        # (r, r)
-    D = U.detach().double().cpu() @ E                               # (m, r)
+    D = wide(U).cpu() @ E                                           # (m, r)
     energy = S.square()                                             # (r,)
     found = (energy[k:].sum() / energy.sum(), energy[k:].sum(), torch.trace(D @ H @ D.mT), first[k:].sum(),
              torch.trace(K @ E @ H @ E.mT) / 2)

@@ -79,7 +79,8 @@ class Corpus:
 
     def describe(self) -> dict:
         """Plain values for the first line of a log; `unknown` is the share of each split that reads `<unk>`."""
-        unknown = {s: round((getattr(self, s) == self.unk).double().mean().item(), 6) for s in SPLITS if self.tokens[s]}
+        unknown = {s: round((getattr(self, s) == self.unk).mean(dtype=torch.float64).item(), 6)
+                   for s in SPLITS if self.tokens[s]}
         return {"name": self.name, "level": self.level, "vocab": len(self.vocab), "fingerprint": self.fingerprint,
                 "tokens": dict(self.tokens), "types": dict(self.types), "bytes": dict(self.bytes), "unknown": unknown}
 

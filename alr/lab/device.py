@@ -34,7 +34,7 @@ def pick_device(name: str = "auto", local_rank: int | None = None) -> torch.devi
         except RuntimeError:
             raise SettingError(f"{{device}} {name!r} is not known; here there are {here} (or auto).") from None
     if device.type != "cpu" and (found is None or found.type != device.type):
-        raise SettingError(f"{{device}} {name!r} is not here: torch {torch.__version__} sees {here}. Write --device auto.")
+        raise SettingError(f"{{device}} {name!r} is not here: torch {torch.__version__} sees {here}. Write {{device}} auto.")
     if device.type not in ("cpu", "mps"):
         index = device.index if device.index is not None else local_rank or 0
         if index >= torch.accelerator.device_count():

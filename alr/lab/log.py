@@ -170,7 +170,7 @@ def provenance() -> dict:
     top = _git("rev-parse", "--show-toplevel")
     if top is not None and Path(top).resolve() == PACKAGE.parent:
         commit = _git("rev-parse", "HEAD")
-        status = _git("status", "--porcelain", "--", "alr")
+        status = _git("status", "--porcelain", "--", ".")      # of PACKAGE, where git is called
         dirty = None if status is None else bool(status)
     source = hashlib.sha256()
     for path in sorted(PACKAGE.rglob("*.py")):

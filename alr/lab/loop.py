@@ -17,7 +17,9 @@ from tqdm import tqdm
 from ..adapt import Resize
 from ..causal import evaluating
 from ..group import average_gradients
-from ..linear import product_decay_
+from ..rules import product_decay_
+from ..state import place_of
+from .config import Diverged
 from .data import IGNORE, SPLITS, Batches, blocks
 from .device import autocast, forget_peak_memory, peak_memory_mb, synchronize
 from .log import seed_line
@@ -147,7 +149,7 @@ class Loop:
         for optimizer in run.optimizers:
             optimizer.step()
         if c.decay == "product" and "pairs_lr" not in OPTIMIZERS[c.optimizer].reads:   # those decay it themselves
-            product_decay_(run.model, run.optimizer.param_groups[0]["lr"] * c.weight_decay)
+            self.decay_products()
         run.step += 1
         run.running += loss.detach()                    # stays on the device: reading it would make the host wait
         if run.recipe.when == "after" or run.recipe.when == "validated" and not self.ends_epoch:
@@ -155,6 +157,13 @@ class Loop:
         self.tell(events)
         if due:
             self.report(loss.detach(), norm, c.lr * rate)
+
+    def decay_products(self) -> None:
+        """Decay W = U V of every low-rank layer at the rate of its factors; not where no optimizer holds them (`Stale`)."""
+        for layer in self.run.adapter.layers.values():
+            place = place_of(self.run.optimizers, layer.U)
+            if place is not None:
+                product_decay_(layer, place[1]["lr"] * self.run.config.weight_decay)
 
     @property
     def ends_epoch(self) -> bool:
@@ -205,9 +214,8 @@ class Loop:
     def check(self, *numbers: float) -> None:
         if not all(map(math.isfinite, numbers)):
             run = self.run
-            raise FloatingPointError(f"the loss or its gradient is not finite any more by step {run.step} "
-                                     f"({run.recipe.name}, lr {run.config.lr:g}). Lower --lr, add --warmup-steps, "
-                                     "or set --grad-clip 1.")
+            raise Diverged(f"the loss or its gradient is not finite any more by step {run.step} ({run.recipe.name}, lr "
+                           f"{run.config.lr:g}). Lower {{lr}}, add {{warmup_steps}}, or set {{grad_clip}} 1.")
 
     def mean(self, x: Tensor) -> float:
         """A scalar's mean over the processes."""

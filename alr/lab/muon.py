@@ -9,7 +9,8 @@ from collections.abc import Callable
 
 import torch
 
-from ..rules import exact, orthogonalize, shape_scale
+from ..factor import exact
+from ..rules import orthogonalize, shape_scale
 
 
 class Muon(torch.optim.Muon):

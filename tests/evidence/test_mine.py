@@ -66,3 +66,9 @@ def test_the_command_prints_the_table(root, tmp_path, capsys):
     assert "3 runs of yours against toy" in out and "better" in out
     assert claims.main(["--mine", *paths]) == 1
     assert "--suite NAME go together" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("metric", ["foo", "arm", "run", ""])
+def test_a_metric_that_is_none_is_answered_with_those_there_are(metric, root, tmp_path):
+    with pytest.raises(ValueError, match=f"--metric '{metric}' is no number .*there are .*val_loss.*test_loss"):
+        mine.score(mine.logs(own(tmp_path)), runs("toy", root), metric)

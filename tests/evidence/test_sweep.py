@@ -1,5 +1,6 @@
 """Laws of the machine that records: nothing half written, nothing twice, nothing by hand, nothing unchecked."""
 
+import collections
 import json
 import os
 import random
@@ -174,7 +175,7 @@ grid = { lr = [1e-5, 1e-2] }
 name = "dense"
 recipe = "dense"
 """)
-    assert "dense, once tuned" in sweep.dry_run(suite, root)
+    assert "; then 2 runs of dense, once tuned" in sweep.dry_run(suite, root)
     assert sweep.sweep(suite, data=root) == 4
     assert suite.choose(root) == {"dense": {"lr": 1e-2}}                # 1e-5 learns nothing in twelve steps
     assert lines(root / "runs" / "toy" / "dense.seed0.jsonl")[0]["config"]["lr"] == 1e-2
@@ -603,3 +604,34 @@ def test_sweeps_that_start_at_once_make_every_run_once(make, tmp_path):
 def test_a_sweep_that_makes_nothing_leaves_nothing(make):
     suite, root = make(DENSE)
     assert sweep.sweep(suite, data=root, limit=0) == 0 and list((root / "runs").rglob("*.*")) == []
+
+
+def test_a_dry_run_counts_what_follows_arm_by_arm_and_reads_each_record_a_few_times(make, monkeypatch):
+    suite, root = make("""
+[tune]
+seeds = [7]
+grid = { lr = [1e-3, 1e-2] }
+[[arms]]
+name = "dense"
+recipe = "dense"
+[[arms]]
+name = "alone"
+recipe = "dense"
+seeds = [1]
+[[arms]]
+name = "held"
+recipe = "uniform"
+tune = false
+""")
+    assert "; then 2 runs of dense, 1 run of alone, once tuned" in sweep.dry_run(suite, root)
+    assert sweep.sweep(suite, data=root) == 9
+    for path in (root / "runs" / "toy").glob("held.*"):             # two runs to make again
+        path.unlink()
+    read, whole = collections.Counter(), sweep.run_and_end
+    def counted(path):
+        read[path] += 1
+        return whole(path)
+    for place in (sweep, suites):
+        monkeypatch.setattr(place, "run_and_end", counted)
+    assert "2 runs to make" in sweep.dry_run(suite, root)
+    assert len(read) == 7 and max(read.values()) <= 3               # chosen, recorded, measured: each asks once

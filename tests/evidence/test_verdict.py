@@ -6,7 +6,7 @@ import pytest
 
 from alr.evidence import stats
 from alr.evidence.markup import VERDICTS
-from alr.evidence.register import GAIN, JUDGED
+from alr.evidence.register import FAILS, GAIN, HOLDS, OPEN
 from alr.evidence.verdict import Finding, Verdict
 
 
@@ -24,7 +24,7 @@ def test_the_weakest_finding_decides():
     assert of(WIDE) == "holds" and of(WIDE, TORN) == of(ONE) == "open"
     assert of(WIDE, NARROW) == of(NARROW, TORN, ONE) == "fails"
     gain = finding([0.4, 0.5, 0.6], null=0.0)
-    assert gain.verdict == of(gain) == of(gain, WIDE) == GAIN and set(JUDGED) <= set(VERDICTS)
+    assert gain.verdict == of(gain) == of(gain, WIDE) == GAIN and {HOLDS, FAILS, OPEN} < set(VERDICTS)
     assert of(gain, TORN) == of(gain, NARROW) == "fails"
     with pytest.raises(ValueError, match="no findings"):
         of()

@@ -1,5 +1,6 @@
 """Laws of `alr.history.grouping`: labels are a partition, averaging keeps the sum and projects, fast equals slow."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -246,3 +247,32 @@ def test_a_forgotten_step_is_noticed_here_too():
     with pytest.warns(UserWarning, match="0 calls of adapter.step"):
         for _ in range(10):
             optimizer.step()
+
+
+def test_averaging_ends_with_its_adapter_and_goes_along_with_a_copy():
+    recipe = replace(recipes.v1, gradient=Grouping(threshold=0.5, where=("2",)))
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), 1.0)
+    for _ in range(3):
+        RankAdapter(model, optimizer, recipe).close()
+    assert not optimizer._optimizer_step_pre_hooks and not optimizer._optimizer_step_post_hooks
+    adapter = RankAdapter(model, optimizer, recipe)
+    model2, optimizer2, adapter2 = copy.deepcopy((model, optimizer, adapter))
+    assert len(optimizer._optimizer_step_pre_hooks) == len(optimizer2._optimizer_step_pre_hooks) == 1
+    x = torch.randn(16, 12)
+    for m, o in ((model, optimizer), (model2, optimizer2)):
+        m(x).square().mean().backward()
+        o.step()
+    assert adapter2.grouped == adapter.grouped and adapter.grouped["2"].groups < 40
+    for p, q in zip(model.parameters(), model2.parameters(), strict=True):
+        assert torch.equal(p, q) and p is not q
+    adapter.close()
+    assert not copy.deepcopy((optimizer, adapter))[0]._optimizer_step_post_hooks, "a copy of a closed one is closed"
+
+
+def test_a_refused_rule_leaves_no_hook():
+    model = net()
+    optimizer = torch.optim.Adam(model.parameters())
+    with pytest.raises(ValueError, match="no nn.Linear matched"):
+        RankAdapter(model, optimizer, recipes.v1)
+    assert not optimizer._optimizer_step_pre_hooks and not optimizer._optimizer_step_post_hooks

@@ -10,7 +10,10 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import alr
+from alr.history.resize import SvdFull, SvdRandom
 from alr.integrations import follow_ranks_
+from alr.resize import SvdCore
+from alr.truncation import TangentCut
 
 RECIPE = replace(alr.recipes.alr, every=8, control=replace(alr.recipes.alr.control, min_rank=1))
 
@@ -119,3 +122,40 @@ def test_what_follow_refuses():
         follow_ranks_(nn.Sequential(nn.Linear(32, 32)), net())
     with pytest.raises(ValueError, match="16 x 16 there"):
         follow_ranks_(net(d=16), net())
+
+
+RULES = [SvdFull(), SvdFull(split="left"), SvdRandom(), SvdCore(), TangentCut()]
+
+
+def grown_by(rule, drift):
+    """A model whose layer has grown from 4 to 6 by this rule, its copy of before, moved by `drift`, and that copy's W."""
+    model = alr.factorize_(nn.Sequential(nn.Linear(32, 32)), rank=4).double()
+    optimizer = alr.PairOptimizer(model)
+    (model(torch.randn(64, 32, dtype=torch.double)) - 1).square().mean().backward()
+    optimizer.step()                                                # a momentum, for `TangentCut`
+    average = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in average.parameters():
+            p.add_(drift * torch.randn_like(p) * p.norm() / p.numel() ** 0.5)
+    W = average[0].weight.detach()
+    adapter = alr.RankAdapter(model, optimizer, replace(alr.recipes.uniform, resize=rule))
+    follow_ranks_(average, model, adapter.resize({"0": 6}))
+    return model[0], average[0], W
+
+
+@pytest.mark.parametrize("rule", RULES, ids=repr)
+def test_a_copy_equals_the_model_after_it_has_grown_by_any_rule(rule):
+    torch.manual_seed(0)
+    layer, mine, _ = grown_by(rule, 0.0)
+    for name in ("U", "V"):
+        torch.testing.assert_close(getattr(mine, name), getattr(layer, name), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=repr)
+def test_an_average_that_has_grown_by_any_rule_keeps_its_product_and_is_averaged_on(rule):
+    torch.manual_seed(0)
+    layer, mine, W = grown_by(rule, 0.1)
+    size = W.norm()
+    assert (mine.weight - W).norm() < 1e-3 * size
+    half = (mine.U + layer.U) / 2 @ ((mine.V + layer.V) / 2)        # (m, n): one step of an average by halves
+    assert (half - (W + layer.weight) / 2).norm() < 0.02 * size     # a wrong basis: 0.75

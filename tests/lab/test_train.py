@@ -19,9 +19,10 @@ import torch.nn.functional as F
 import alr
 from alr import recipes
 from alr.evidence.records import check
-from alr.lab import Config, Run, checkpoint, command, evaluate, load, loop, train
+from alr.lab import Config, Run, checkpoint, command, device, evaluate, load, loop, train
 from alr.lab.command import main
 from alr.lab.data import corpus
+from alr.lab.log import provenance
 from alr.lab.model import GPT, GPTConfig, count_parameters
 from alr.lab.processes import Workers
 
@@ -68,6 +69,28 @@ def stop_at(step):
         if run.step == step:
             raise KeyboardInterrupt
     return callback
+
+
+# ------------------------------------------------------------------------------------------------ which code
+
+@pytest.mark.parametrize("change, dirty",
+                         [("", False), ("alr/factor.py", True), ("alr/lab/new.py", True), ("README.md", False)])
+def test_a_log_says_whether_its_code_was_changed(change, dirty, tmp_path, monkeypatch):
+    for path in ("alr/factor.py", "alr/lab/log.py", "README.md"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text("as committed")
+    def git(*words):
+        subprocess.run(["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a@b", *words], check=True)
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-q", "-m", "all")
+    if change:
+        (tmp_path / change).write_text("changed")
+    monkeypatch.setattr(alr.lab.log, "PACKAGE", tmp_path / "alr")
+    found = provenance()
+    assert found["dirty"] is dirty and len(found["commit"]) == 40
+    git("rm", "-q", "--cached", "alr/factor.py")                    # staged alone
+    assert provenance()["dirty"] is True
 
 
 # ------------------------------------------------------------------------------------------------ validation
@@ -391,12 +414,27 @@ def test_the_advice_to_resume_is_given_where_there_is_something(small, tmp_path,
     assert words in err and err.startswith("train: interrupted; ") and err.count("\n") == 1
 
 
-def test_ctrl_c_during_start_up_is_quiet(tmp_path):
+@pytest.mark.parametrize("words", ["-m mine.go", "-um mine.go", "-mmine.go", "-m mine.go -m alr.train", "go.py -m alr.train"])
+def test_ctrl_c_of_a_program_that_imports_alr_stays_its_own(words, tmp_path):
+    """`python -m mine.go` imports mine, which imports alr, before go begins; nothing in it calls `listen`."""
+    (tmp_path / "torch.py").write_text("raise ImportError")         # alr is imported as far as here
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "__init__.py").write_text("try:\n    import alr\nexcept ImportError:\n    pass\n")
+    for place in (tmp_path, tmp_path / "mine"):
+        (place / "go.py").write_text("import mine, signal as s\nprint(s.getsignal(s.SIGINT) is s.default_int_handler)")
+    env = environment()
+    env["PYTHONPATH"] = f"{tmp_path}{os.pathsep}{env['PYTHONPATH']}"
+    done = subprocess.run([sys.executable, *words.split()], env=env, capture_output=True, text=True, cwd=tmp_path)
+    assert (done.stdout, done.stderr) == ("True\n", "")
+
+
+@pytest.mark.parametrize("words", ["-m alr.train", "-um alr.train --epochs 1", "-malr.train"])
+def test_ctrl_c_during_start_up_is_quiet(words, tmp_path):
     """While `python -m alr.train` loads its modules there is nothing to lose and nothing to show."""
     (tmp_path / "torch.py").write_text("import os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(9)")
     env = environment()
     env["PYTHONPATH"] = f"{tmp_path}{os.pathsep}{env['PYTHONPATH']}"
-    done = subprocess.run([sys.executable, "-m", "alr.train"], env=env, capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run([sys.executable, *words.split()], env=env, capture_output=True, text=True, cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
 
 
@@ -694,3 +732,36 @@ def test_two_processes_equal_one_under_the_pair_optimizer(small, tmp_path):
     assert last.adapter.ranks == one.adapter.ranks and max(one.adapter.ranks.values()) < 12    # it did shrink
     for a, b in zip(one.model.parameters(), last.model.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------ decay of products
+
+@pytest.mark.parametrize("optimizer, rates", [
+    ("adamw", dict(lr=1e-2)), ("sgd", dict(lr=1e-2)), ("muon-float32", dict(muon_lr=1e-2, lr=7e-2))])
+@pytest.mark.parametrize("recipe", ["alr", "v9"])
+def test_products_decay_at_the_rate_of_their_factors(small, optimizer, rates, recipe, monkeypatch):
+    c = replace(small, recipe=recipe, optimizer=optimizer, decay="product", weight_decay=0.5, rest_lr=0.24, schedule="cosine",
+                epochs=1, steps_per_epoch=2, **rates)
+    asked = []
+    monkeypatch.setattr(loop, "product_decay_", lambda layer, amount: asked.append((layer, amount)))
+    run = train(c, quiet=True)
+    for layer, amount in asked[:len(run.adapter.layers)]:           # of the first step
+        name = next(name for name, mod in run.adapter.layers.items() if mod is layer)
+        assert amount == pytest.approx(0.5 * (0.24 if "head" in name else 1e-2)), name
+    assert len(asked) == 2 * len(run.adapter.layers)
+
+
+# ------------------------------------------------------------------------------------------------ words for two readers
+
+def test_python_is_told_settings_and_a_shell_flags(small, tmp_path):
+    for made, error, flags in (
+            (lambda: train(replace(small, lr=1e30), quiet=True), FloatingPointError,
+             ["--lr", "--warmup-steps", "--grad-clip 1"]),
+            (lambda: checkpoint.load(tmp_path), FileNotFoundError, ["--resume"]),
+            (lambda: device.pick_device("xpu" if torch.cuda.is_available() else "cuda"), ValueError, ["--device"])):
+        with pytest.raises(error) as caught:
+            made()
+        told = str(caught.value)
+        assert "--" not in told and "{" not in told
+        for flag in flags:
+            assert flag in caught.value.on_command_line and flag.lstrip("-").replace("-", "_") in told

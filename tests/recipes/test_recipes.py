@@ -4,14 +4,17 @@ scripts is there, with a repair of one field."""
 import copy
 import pathlib
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 import alr
 from alr import RankAdapter, recipes
+from alr.budget import Budget
 from alr.lab.model import GPT, MLPLM, GPTConfig, MLPConfig, block_linears
 
 EPOCH = 5                               # steps: every script's epochs, shortened to that
@@ -313,3 +316,55 @@ def test_v3_decides_on_the_first_batch_and_is_frozen_from_then_on():
     run.train(20)
     assert torch.equal(alr.low_rank_layers(run.model)["fc2"].weight, start) and len(run.events) == 1
     assert Run(recipes.parse(recipes.FLAWS["first batch"].repair("v3")), mlp=True).train(20).events == []
+
+
+# ------------------------------------------------------------------------------------------------ who starts how
+
+def test_an_offset_moves_with_the_clock_and_the_first_batch_stays_the_first():
+    late = replace(recipes.repaired, every=200, offset=100, epoch=200)
+    assert late.paced(20).offset == 10 and late.paced(400).offset == 200 and late.paced(1).offset == 1
+    assert late.paced(20).paced(200).offset == 100 and late.paced(20).paced(20) == late.paced(20)
+    for clock in (7, 200, 4000):
+        assert recipes.v3.paced(clock).offset == 1 and recipes.v10.paced(clock).offset == 0
+
+
+def test_every_axis_that_counts_steps_is_paced():
+    @dataclass(frozen=True)
+    class Late(alr.resize.SvdCore):
+        after: int = 100
+
+        def paced(self, factor):
+            return replace(self, after=round(self.after * factor))
+    assert replace(recipes.repaired, resize=Late(), epoch=200).paced(20).resize == Late(after=10)
+    del alr.axes.VALUES["Late"]
+
+
+@pytest.mark.parametrize("rank", [{"0": 4, "2": 3}, 4, 0.5], ids=str)
+def test_only_what_both_wheres_pick_is_factorised(rank):
+    def model():
+        return torch.nn.Sequential(torch.nn.Linear(12, 12), torch.nn.ReLU(), torch.nn.Linear(12, 12), torch.nn.Linear(12, 12))
+    recipe = replace(recipes.uniform, rank=rank)
+    assert list(alr.low_rank_layers(recipe.prepare(model(), lambda name: name == "0"))) == ["0"]
+    assert list(alr.low_rank_layers(replace(recipe, where=("0",)).prepare(model()))) == ["0"]
+    with pytest.raises(ValueError, match="no linear layer matched `where`"):
+        recipe.prepare(model(), "1")
+
+
+@pytest.mark.parametrize("kind", [np.float64, np.float32, np.float16, Fraction])
+def test_numbers_of_numpy_are_pythons(kind):
+    budget = Budget(share=kind(0.25), end=kind(0.5), min_rank=np.int64(4), start=np.uint8(9))
+    assert budget == Budget(share=0.25, end=0.5, min_rank=4, start=9)
+    recipe = replace(recipes.alr, name=np.str_("mine"), rank={np.str_("a"): kind(0.5)}, control=budget, every=np.int32(10),
+                     estimate=alr.control.ByLayer(((np.str_("*"), recipes.alr.estimate),)))
+    assert recipes.parse(repr(recipe)) == recipe and "np." not in repr(recipe) and "Fraction" not in repr(recipe)
+    path = alr.control.Schedule(((np.int64(3), {"a": np.int64(2)}), (np.int64(5), np.int64(1))))
+    assert recipes.parse(repr(replace(recipes.repaired, control=path))).control == path
+    assert "np." not in repr(path)
+
+
+def test_a_share_of_numpy_is_a_share():
+    ranks = [alr.low_rank_layers(replace(recipes.uniform, rank=kind(0.9)).prepare(torch.nn.Sequential(torch.nn.Linear(64, 64))))
+             ["0"].rank for kind in (float, np.float64, np.float32)]
+    assert ranks == [28, 28, 28]
+    with pytest.raises(ValueError, match="rank is .*; wanted"):
+        replace(recipes.uniform, rank=np.bool_(True))
