@@ -36,9 +36,10 @@ class PairOptimizer(Optimizer):
     transformers' Trainer, Lightning and accelerate take it as any other optimizer.
 
     rule: how a pair steps (`rules.Rule`); Muon on rank-r matrices if not said, which ended lower than Spectron's
-    (notebook 18_equal_size).
-    lr: the spectral norm of a step of W (0.02: Muon's own; the best of 0.01, 0.02 and 0.04 in the suite equal_rates; for
-    `Spectron` 0.06 was).  adjust_lr_fn: by what lr is multiplied for a layer of a certain shape, under the names and with
+    and level with LoRA-TSD's (notebook 17_optimizer).
+    lr: about the spectral norm of a step of W, before adjust_lr_fn (0.02: Muon's own; the best of 0.01, 0.02 and 0.04 in the
+    suite equal_rates, for `LoRATSD` too; for `LoRAMuon` 0.04 was, for `Spectron` 0.06).
+    adjust_lr_fn: by what lr is multiplied for a layer of a certain shape, under the names and with
     the default of torch.optim.Muon: "original", sqrt(max(1, m / n)); "match_rms_adamw"; or "none".
     momentum 0.95, nesterov, ns_steps 5: Muon's.
     weight_decay: decoupled; decay says of what: "factors", both by half, so that W shrinks by lr * weight_decay, or
