@@ -56,7 +56,7 @@ from .linear import (
 )
 from .observe import PER, Observer, Seen, check_steps, grams, to_host
 from .resize import SvdCore
-from .state import Move, Plan, Swap, Transport, holder, place_of
+from .state import Move, Plan, Swap, Transport, fitting, holder, place_of, places_of
 
 UNSEEN = 10                             # optimizer steps without adapter.step() before we say so (ours)
 
@@ -212,7 +212,8 @@ class RankAdapter:
     per: what a term of the loss belongs to, see `observe.Observer`.  Say per="example" for a pooled classifier whose head is
     not low-rank: "auto" tells pooling by a head that sees one row where the trunk sees several.
 
-    A layer that is frozen keeps its factors, and its parameters count as spent.
+    A layer that is frozen keeps its factors, and its parameters count as spent.  One that has been trained, but was not used
+    in the steps before a decision that are looked at, keeps its rank too, and no other layer is cut for it.
 
     ValueError: no LowRankLinear in the model; a wrapped or sharded model; a trained factor that no optimizer holds; a factor
     that another module holds too; a controller that plans over the whole run, and no total_steps.
@@ -267,6 +268,8 @@ class RankAdapter:
         self._taken = 0                             # optimizer steps so far, for the warning of a forgotten call
         self._counts = [0] * len(self.optimizers)   # steps of each optimizer since the last call of `step`
         self._mark = None                           # the gradient that the last optimizer step used: was there another since?
+        self._unheard, self._version = 0, None      # calls since then at which weights had moved, and how often they have
+        self._untrained = set(self.layers)          # layers that no optimizer step has found with a gradient so far
         self._warned = set()                        # what has been said already
         self._listen()
         self._arm()
@@ -395,6 +398,8 @@ class RankAdapter:
         self._counts[next(i for i, o in enumerate(self.optimizers) if o is optimizer)] += 1
         self._taken += self._since - before
         self._mark = self._gradient()
+        if self._untrained:
+            self._untrained -= {name for name in self._untrained if self.layers[name].U.grad is not None}
         idle = self.recipe.estimate is None and self.recipe.gradient is None
         # nobody should train for hours and learn at the end that no rank could move (PEFT issues 432, 1801)
         if self._since >= UNSEEN and not idle:
@@ -432,10 +437,11 @@ class RankAdapter:
         if after and self._since == 0 and self.optimizers:
             if self.observer is not None:
                 self.observer.settle()
+            self._check_heard()
             return []
         if after and self._since == 1 and self._mark is not None and self._gradient() not in (None, self._mark):
             self._out_of_order()
-        self._counts = [0] * len(self.optimizers)
+        self._counts, self._unheard, self._version = [0] * len(self.optimizers), 0, None
         self._adopt()
         self.steps += 1
         if self.observer is not None:
@@ -451,6 +457,18 @@ class RankAdapter:
         """Is there nothing to decide by, since the window before this decision was dropped?"""
         dropped = self._dropped == self.steps and self.observer is None and bool(self.recipe.observes)
         return dropped and not self._finished(self.steps)
+
+    def _check_heard(self) -> None:
+        """Say so where weights move from call to call, and no optimizer of ours steps: somebody else trains the model."""
+        version = sum(p._version for layer in self.layers.values() for p in (layer.U, layer.V) if p.requires_grad)
+        self._unheard += self._version not in (None, version)
+        self._version = version
+        if self._unheard >= UNSEEN and (self.recipe.estimate or self.recipe.gradient):
+            kinds = ", ".join(sorted({type(optimizer).__name__ for optimizer in self.optimizers}))
+            self._warn("unheard", f"the weights have moved between {self._unheard} calls of adapter.step(), and none of this "
+                                  f"adapter's optimizers ({kinds}) has stepped: these calls count nothing, and no rank can "
+                                  "change. Make the adapter with the optimizer whose .step() is called; for SAM that is its "
+                                  "base_optimizer.")
 
     def _out_of_order(self) -> None:
         grad = next(layer.U.grad for layer in self.layers.values() if layer.U.requires_grad and layer.rank)
@@ -536,7 +554,10 @@ class RankAdapter:
         if observer is not None:
             observer.remove()
         self.group.agree(problem, self._device)
-        wanted, memory, targets = self.group.say(said, self._device)
+        said = self.group.say(said, self._device)
+        if said is None:                                    # nothing was seen
+            return []
+        wanted, memory, targets = said
         again, frozen = self.recipe.control.again(memory, signal) or [False] * len(ranks), self.frozen
         changed = {name: k for name, old, k, anew in zip(self.layers, ranks, wanted, again, strict=True)
                    if k != old or anew and name not in frozen}
@@ -549,35 +570,58 @@ class RankAdapter:
         return events
 
     def _decide(self, ranks: list[int], signal: Signal, seen: dict[str, Seen]):
-        """(wanted ranks, memory, targets)."""
+        """(wanted ranks, memory, targets); None where no step of the window counted."""
         r = self.recipe
         self._check_finite()
+        steps = [one.steps for name, one in seen.items() if self.layers[name].rank]
+        if steps and not any(steps):
+            self._warn("blank", f"of the steps before the decision at step {self.steps} none counted, so no rank is decided "
+                       "now: what went back through the layers was not finite (a GradScaler skips such steps), or nothing "
+                       "went through their forward at all. Does somebody read .weight?")
+            return None
         frozen = self.frozen
         live = [layer for name, layer in self.layers.items() if name not in frozen]
         if r.estimate.gradients and live and all(layer.U.grad is None and layer.V.grad is None for layer in live):
             raise ValueError(f"RankAdapter: {r.estimate!r} reads gradients, and no layer has one. Call adapter.step() after "
                              "backward and optimizer.step(), before the gradients are zeroed.")
         unseen = set(self.layers) - set(seen) if r.observes and not self._finished(self.steps) else set()
-        held = frozen | self._bypassed(seen) | unseen
+        away = self._out_of_sight(seen) | unseen - frozen - self.stale.keys()
+        held = frozen | away | unseen
         targets = {name: at_rest(r.estimate, layer) if name in held or layer.rank == 0 else
                    r.estimate.for_layer(name)(layer, seen.get(name)) for name, layer in self.layers.items()}
-        signal = signal._replace(held=[name in held for name in self.layers])
+        signal = signal._replace(held=[name in held for name in self.layers], unseen=[name in away for name in self.layers])
         wanted, memory = r.control.step(ranks, list(targets.values()), self.memory, signal)
         wanted = [old if name in held else int(k) for name, old, k in zip(self.layers, ranks, wanted, strict=True)]
         return wanted, memory, {name: effective_number(t) for name, t in targets.items()}
 
-    def _bypassed(self, seen: dict[str, Seen]) -> set[str]:
-        """Layers that may be trained although their forward was never called: somebody reads their weight."""
-        unseen = [name for name, one in seen.items() if one.rows == 0 and one.importance is not None
-                  and self.layers[name].rank]
-        zeroed = self._mark is not None and self._gradient() != self._mark      # then bypassed and unused look alike
-        found = {name for name in unseen if zeroed or (grad := self.layers[name].U.grad) is not None and grad.any()}
-        for name in found:
-            self._warn(f"bypassed {name}", f"the forward of {name!r} was not called in the last steps, so nothing is known of "
-                       "its directions; its rank stays. " + (
-                           "Call adapter.step() before the gradients are zeroed: they tell whether it is in use." if zeroed else
-                           "It has gradients all the same. Does somebody read .weight?"))
+    def _out_of_sight(self, seen: dict[str, Seen]) -> set[str]:
+        """Layers that have been trained, but through whose forward nothing went in the window: nothing is known of them.
+
+        They are held.  One that has never been trained is worth what its estimate says: nothing.
+        """
+        looks = bool(self.recipe.estimate.needs)
+        found = {name for name, one in seen.items() if one.rows == 0 and self.layers[name].rank
+                 and (looks or one.importance is not None)}
+        if looks:
+            self._say_unseen("unused", found & self._untrained, "has not been trained so far, so it counts for nothing and is "
+                             "cut first. If it is trained later, let decisions begin later (warmup=...), or freeze it until "
+                             "then (requires_grad_(False)).")
+        found -= self._untrained
+        steps = max((seen[name].steps for name in found), default=0)
+        axes = " and ".join(dict.fromkeys(type(axis).__name__ for axis in self.recipe.observes))
+        self._say_unseen("unseen", found, f"has been trained, but its forward was not called in the {steps} steps that were "
+                         "seen before a decision, so nothing is known of its directions: its rank stays, at no other layer's "
+                         f"cost. If it is used now and then, look longer, with steps=... of {axes}, or choose another `every`. "
+                         "Does somebody read .weight?")
         return found
+
+    def _say_unseen(self, key: str, names: set[str], text: str) -> None:
+        """One warning for all layers of which this has not been said."""
+        new = [name for name in self.layers if name in names and f"{key} {name}" not in self._warned]
+        self._warned |= {f"{key} {name}" for name in new}
+        if new:
+            more = f" (and {len(new) - 1} more layers, each)" if new[1:] else ""
+            warnings.warn(f"RankAdapter: {new[0]!r}{more} {text}", stacklevel=5)
 
     def _check_finite(self) -> None:
         if self.layers:
@@ -650,8 +694,8 @@ class RankAdapter:
     def _check_off(self, names: list[str]) -> None:
         """ValueError for layers that go to rank 0 under an optimizer whose steps divide by the rank."""
         for name in names:
-            optimizer = holder(self.optimizers, self.layers[name].U)
-            if type(optimizer) is getattr(torch.optim, "Muon", None):
+            holders = {type(optimizer) for optimizer, *_ in places_of(self.optimizers, self.layers[name].U)}
+            if getattr(torch.optim, "Muon", None) in holders:
                 raise ValueError(f"RankAdapter: rank 0 asked of {name!r}, which torch.optim.Muon steps; it cannot step empty "
                                  "factors. Take alr.PairOptimizer(model), or a controller with min_rank=1 or more.")
 
@@ -700,13 +744,15 @@ class RankAdapter:
         """Factors that were replaced behind our back (a state dict of other ranks was loaded): the optimizers get the new ones.
 
         Where the optimizer's state was loaded too, it is of the new shapes and stays; other state is dropped.  So is what an
-        open window has seen of the old factors.
+        open window has seen of the old factors.  ValueError for new ones that no optimizer holds or can be given.
         """
         adopt(self.optimizers, self._known, self.layers)
         if replaced := self._replaced():
             self._drop_window(replaced[0], "the factors of {} were replaced (by a state dict, say)")
         for name, layer in self.layers.items():
             self._known[name] = (layer.U, layer.V)
+        if any({"U", "V"} <= set(self.layers[name]._parameters) for name in replaced):
+            self.check_held()
 
     def _replaced(self) -> list[str]:
         return [name for name, layer in self.layers.items()
@@ -725,6 +771,7 @@ class RankAdapter:
                 "stale": {name: [list(s) for s in shapes] for name, shapes in self.stale.items()},
                 "sums": {name: [None if p.grad is None else p.grad.clone() for p in (self.layers[name].U, self.layers[name].V)]
                          for name in self.stale},
+                "untrained": sorted(self._untrained),
                 "seen": None if self.observer is None or self._replaced() else self.observer.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
@@ -734,7 +781,7 @@ class RankAdapter:
         that loading the model has replaced are put into the optimizers; what no optimizer holds then is refused, as at the
         start.
         """
-        if missing := set(self.state_dict()) - set(state if isinstance(state, dict) else ()):
+        if missing := set(self.state_dict()) - {"untrained"} - set(state if isinstance(state, dict) else ()):
             raise ValueError(f"RankAdapter: {sorted(missing)[0]!r} is not in the state; wanted what adapter.state_dict() gave.")
         shapes = {name: list(shape) for name, shape in zip(self.layers, self.shapes)}
         if state["layers"] != shapes:
@@ -755,6 +802,7 @@ class RankAdapter:
         self.steps = self._taken = state["steps"]
         self._counts, self._mark = [state["since"]] * len(self.optimizers), None
         self.memory, self.losses, self.seconds = state["memory"], list(state["losses"]), state["seconds"]
+        self._untrained = set(state.get("untrained", ()))       # older states do not say: then all count as trained
         if self.observer is not None:
             self.observer.remove()
             self.observer = None
@@ -762,10 +810,9 @@ class RankAdapter:
         for name, kept in state["stale"].items():
             layer = self.layers[name]                # frozen: the optimizer gets stand-ins for what it held
             for p, shape in zip((layer.U, layer.V), kept):
-                found = place_of(self.optimizers, p)
-                if found is not None:
-                    stand_in = nn.Parameter(p.new_zeros(shape))
-                    Plan((Move(*found, p, stand_in, found[0].state.get(p, {})),)).apply()
+                stand_in = nn.Parameter(p.new_zeros(shape))
+                Plan(tuple(Move(*place, p, stand_in, place[0].state.get(p, {}))
+                           for place in places_of(self.optimizers, p))).apply()
             self.stale[name] = [tuple(s) for s in kept]
             for p, total in zip((layer.U, layer.V), state["sums"][name]):
                 p.grad = None if total is None else total.to(p).clone()
@@ -801,12 +848,10 @@ def adopt(optimizers: Sequence[Optimizer], known: dict[str, tuple[nn.Parameter, 
     """Optimizers that hold the factors `known`, (U, V) by layer, get those that the layers have now: see `_adopt`."""
     for name, pair in known.items():
         for old, new in zip(pair, (layers[name].U, layers[name].V)):
-            found = None if old is new else place_of(optimizers, old)
-            if found is not None and holder(optimizers, new) is None:
-                state = found[0].state.get(old, {})
-                fits = all(not isinstance(x, torch.Tensor) or x.dim() == 0 or x.shape == new.shape or
-                           (x.dim() == 1 and len(x) in new.shape) for x in state.values())
-                Plan((Move(*found, old, new, dict(state) if fits else {}),)).apply()
+            while old is not new and old is not None:
+                Plan(tuple(Move(*place, old, new, fitting(place[0].state.get(old, {}), new))
+                           for place in places_of(optimizers, old) if holder([place[0]], new) is None)).apply()
+                old = getattr(old, "stands_now", None)      # loaded more than once: some may hold what came between
 
 
 def bare(optimizer: Optimizer) -> Optimizer:

@@ -233,6 +233,7 @@ class Signal(NamedTuple):
     names: Sequence[str] = ()           # of the layers, for `ByLayer`
     shapes: Sequence[tuple[int, int]] = ()          # (m, n) of the layers, for what a direction costs
     held: Sequence[bool] = ()           # layers whose rank cannot change now (frozen, or not observed); () for none
+    unseen: Sequence[bool] = ()         # those of the held that were trained, but not in the window: nobody pays for them
 
 
 class Control(Axis):

@@ -62,7 +62,8 @@ class Budget(Control):
 
     start: at the first decision every narrower layer grows to this rank, its cap permitting, and the cubic starts there:
     then the rank that the model was built with hardly matters.  None: the cubic starts from the ranks as they come.
-    Layers that are held (frozen) keep their rank, and what they cost is spent.
+    Layers that are held (frozen) keep their rank, and what they cost is spent.  One that was trained but not seen before a
+    decision keeps its rank too, and the others are shared out as if it were not there: the end is then larger than `share`.
     min_rank: every layer keeps so many directions.  0: a layer may be switched off, its whole cost gone but for the bias; since
     nothing grows here, it is off for good, unless `RankAdapter.resize` brings it back by hand.
     ValueError unless begin < end.
@@ -114,10 +115,33 @@ class Budget(Control):
             memory = [min(self.start, cap) for cap in signal.caps]
             if any(r < k for r, k in zip(ranks, memory, strict=True)):
                 return [max(r, k) for r, k in zip(ranks, memory)], memory       # what is new has no importance yet
+        if any(signal.unseen):
+            return among_seen(self, ranks, targets, memory, signal)
         room = self.room(memory, signal)
         if size(ranks, signal.shapes) <= room:
             return list(ranks), memory
         return share_out(ranks, targets, signal, room, self.min_rank, ranks, self.multiple, self.per_parameter), memory
+
+
+def among_seen(control, ranks, targets, memory, signal) -> tuple[list[int], object]:
+    """`control.step` for the layers that were seen, as if there were no others; those keep their rank.
+
+    What an unseen layer holds is in nobody's room, so that no other layer is cut for it.  A memory that is a list has one
+    entry per layer, and stays.
+    """
+    at = [i for i, unseen in enumerate(signal.unseen) if not unseen]
+    def of(values):
+        return [values[i] for i in at] if len(values) else ()
+    if not at:
+        return list(ranks), memory
+    listed = isinstance(memory, list)
+    part = signal._replace(caps=of(signal.caps), names=of(signal.names), shapes=of(signal.shapes), held=of(signal.held),
+                           unseen=())
+    got, after = control.step(of(ranks), of(targets), of(memory) if listed else memory, part)
+    wanted = list(ranks)
+    for i, k in zip(at, got, strict=True):
+        wanted[i] = k
+    return wanted, memory if listed else after
 
 
 def share_out(ranks, targets, signal, room, least, caps, multiple=1, per_parameter=True) -> list[int]:
@@ -156,6 +180,8 @@ class Proportional(Control):
     def step(self, ranks, targets, memory, signal):
         if memory or signal.progress < self.at:
             return list(ranks), memory
+        if any(signal.unseen):
+            return among_seen(self, ranks, targets, memory, signal)
         held = signal.held or [False] * len(ranks)
         room = self.share * sum(m * n for m, n in signal.shapes)
         def at_factor(factor):
@@ -187,6 +213,8 @@ class LossTarget(Control):
     def step(self, ranks, targets, memory, signal):
         if len(signal.losses) <= memory or not math.isfinite(signal.losses[-1]):
             return list(ranks), len(signal.losses)
+        if any(signal.unseen):
+            return among_seen(self, ranks, targets, memory, signal)
         now = size(ranks, signal.shapes)
         room = now * self.factor if signal.losses[-1] <= self.loss else now / self.factor
         longer = [list(w) + [w[-1] if len(w) else 0.0] * (cap - len(w)) for w, cap in zip(targets, signal.caps, strict=True)]

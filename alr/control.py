@@ -183,10 +183,10 @@ class ByLayer(Control, Estimate):
             raise ValueError(f"ByLayer: {len(ranks)} ranks and {len(signal.names)} names; give Signal(names=...).")
         for pattern, control, mine in self._split(signal.names):
             own = [ranks[j] for j in mine]
-            caps, names, shapes, held = ([seq[j] for j in mine] if seq else ()
-                                         for seq in (signal.caps, signal.names, signal.shapes, signal.held))
+            of_mine = {key: [seq[j] for j in mine] for key in ("caps", "names", "shapes", "held", "unseen")
+                       if (seq := getattr(signal, key))}
             then = memory[pattern] if pattern in memory else control.init(own)
-            yield pattern, control, mine, own, then, signal._replace(caps=caps, names=names, shapes=shapes, held=held)
+            yield pattern, control, mine, own, then, signal._replace(**of_mine)
 
     def step(self, ranks, targets, memory, signal):
         new, memories = list(ranks), {}

@@ -111,6 +111,7 @@ class LowRankLinear(nn.Module):
             setattr(self, name, new)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
+        before = dict(self._parameters)
         # a saved layer of another rank makes this one take that rank; anything else that differs is torch's to refuse
         U, V = state_dict.get(prefix + "U"), state_dict.get(prefix + "V")
         fits = U is not None and V is not None and U.dim() == V.dim() == 2 and U.shape[1] == V.shape[0]
@@ -119,6 +120,18 @@ class LowRankLinear(nn.Module):
                        least=0)
             self.take_rank(U.shape[1])
         super()._load_from_state_dict(state_dict, prefix, *args)
+        for name, new in self._parameters.items():          # assign=True puts in Parameters of its own
+            old = before.get(name)
+            if new is not None and old is not None and new is not old:
+                old.stands_now = new
+                new.__dict__.pop("stands_now", None)        # it may have stood here before
+
+
+def standing(p: nn.Parameter) -> nn.Parameter:
+    """What stands in a layer now where p stood, after state dicts that have replaced it; p itself as a rule."""
+    while (new := getattr(p, "stands_now", None)) is not None:
+        p = new
+    return p
 
 
 def successor(old: nn.Parameter, new: Tensor) -> nn.Parameter:

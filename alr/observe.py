@@ -382,7 +382,9 @@ class Observer:
         if self.group.rank > 0:
             return {}
         if not self.needs - {"weight_gradient"}:
-            return {name: Seen(round(good), 0.0, weight_gradient=book.total["G"]) for name, book in self.books.items()}
+            passed = to_host([book.total["passed"] for book in self.books.values()])
+            return {name: Seen(round(good), rows[0].item() / max(good, 1), weight_gradient=book.total["G"])
+                    for (name, book), rows in zip(self.books.items(), passed)}
         out = {}
         for name, (H, K, rows, both) in self._moments(good).items():
             found = {}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -20,9 +21,9 @@ from torch.optim.adamw import adamw
 
 from .axes import Momentum
 from .factor import exact, working
-from .linear import low_rank_layers, refuse_wrapped, unwrapped
+from .linear import low_rank_layers, refuse_wrapped, standing, unwrapped
 from .rules import SCALES, Pair, Rule, Settings, shape_scale
-from .state import Swap
+from .state import Swap, fitting
 from .tangent import Tangent
 
 DECAYS = ("factors", "product")
@@ -58,6 +59,7 @@ class PairOptimizer(Optimizer):
     """
 
     transportable = True
+    moved = False                                           # has it stepped, or been loaded: is there anything to forget?
 
     def __init__(self, params: nn.Module | Iterable, lr: float = 0.02, momentum: float = 0.95, nesterov: bool = True,
                  weight_decay: float = 0.0, decay: str = "factors", ns_steps: int = 5, adjust_lr_fn: str | None = "original",
@@ -122,7 +124,7 @@ class PairOptimizer(Optimizer):
             self.state[U], self.state[V] = self.rule.state(U, V)
 
     def __getstate__(self) -> dict:                         # torch's leaves out what it does not know
-        return super().__getstate__() | {key: getattr(self, key) for key in ("rule", "pair_defaults", "rest_defaults")}
+        return super().__getstate__() | {key: getattr(self, key) for key in ("rule", "pair_defaults", "rest_defaults", "moved")}
 
     def carry(self, group: dict, swap: Swap, s_U: dict, s_V: dict) -> tuple[dict, dict] | None:
         """The state of a pair whose factors change, in the rule's way (`state.Transport`); None where AdamW holds them."""
@@ -147,6 +149,10 @@ class PairOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._follow() and self.moved:
+            warnings.warn("PairOptimizer: the model was loaded at other ranks, and what was remembered of the factors there is "
+                          "of the old ones: they start anew. Load the optimizer's state with the model's.", stacklevel=4)
+        self.moved = True
         for group in self.param_groups:
             if group["kind"] == "pairs":
                 self._step_pairs(group)
@@ -154,12 +160,22 @@ class PairOptimizer(Optimizer):
                 self._step_rest(group)
         return loss
 
+    def _follow(self) -> bool:
+        """Hold what stands in the layers, where a state dict has replaced Parameters; was state dropped that does not fit?"""
+        lost = False
+        for flat in (group["params"] for group in self.param_groups):
+            for i, p in enumerate(flat):
+                new = standing(p)
+                if new is not p:
+                    flat[i], state = new, self.state.pop(p, {})
+                    kept = fitting(state, new)
+                    lost |= bool(state) and not kept
+                    if kept:
+                        self.state[new] = kept
+        return lost
+
     def _step_pairs(self, group: dict) -> None:
         flat, live = group["params"], []
-        for i, p in enumerate(flat):                            # a state dict of another rank was loaded: hold what is there
-            while (new := getattr(p, "stands_now", None)) is not None:
-                self.state.pop(p, None)
-                flat[i] = p = new
         for U, V in zip(flat[::2], flat[1::2]):
             if U.grad is None and V.grad is None or U.shape[1] == 0:        # of rank 0: nothing to move
                 continue
@@ -231,7 +247,9 @@ class PairOptimizer(Optimizer):
             raise ValueError(f"PairOptimizer: the state has groups of the kinds {kinds}, and this optimizer {mine}: it is of "
                              "another optimizer, or of other groups.")
         self._check_rule(state_dict)
+        self._follow()
         super().load_state_dict(state_dict)
+        self.moved = True
         places = [i for group in state_dict["param_groups"] for i in group["params"]]
         for i, p in zip(places, [p for group in self.param_groups for p in group["params"]], strict=True):
             for key, x in state_dict["state"].get(i, {}).items():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -59,14 +60,15 @@ class Plan(NamedTuple):
                 optimizer.state[new] = state
 
 
+def places_of(optimizers: Sequence[Optimizer], p: nn.Parameter) -> list[tuple[Optimizer, dict, int]]:
+    """(optimizer, param group, place in it), wherever a Parameter is held; several optimizers may take turns with it."""
+    return [(optimizer, group, i) for optimizer in optimizers for group in optimizer.param_groups
+            for i, held in enumerate(group["params"]) if held is p]
+
+
 def place_of(optimizers: Sequence[Optimizer], p: nn.Parameter) -> tuple[Optimizer, dict, int] | None:
-    """(optimizer, param group, place in it) of a Parameter; None where nobody holds it."""
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            for i, held in enumerate(group["params"]):
-                if held is p:
-                    return optimizer, group, i
-    return None
+    """The first of its places; None where nobody holds it."""
+    return next(iter(places_of(optimizers, p)), None)
 
 
 def holder(optimizers: Sequence[Optimizer], p: nn.Parameter) -> Optimizer | None:
@@ -75,19 +77,27 @@ def holder(optimizers: Sequence[Optimizer], p: nn.Parameter) -> Optimizer | None
     return None if found is None else found[0]
 
 
-def moves(optimizers: Sequence[Optimizer], swaps: Sequence[Swap]) -> list[tuple[Swap, str, Move]]:
-    """Both Parameters of every swap, as (swap, "U" or "V", Move with the old state).
+def fitting(state: dict, p: Tensor) -> dict:
+    """A copy of an optimizer's state of a Parameter, where it is of p's shape; {} where it is of another."""
+    fits = all(not isinstance(x, Tensor) or x.dim() == 0 or x.shape == p.shape or (x.dim() == 1 and len(x) in p.shape)
+               for x in state.values())
+    return dict(state) if fits else {}
 
-    ValueError if no optimizer holds an old one.
+
+def moves(optimizers: Sequence[Optimizer], swaps: Sequence[Swap]) -> list[tuple[Swap, str, Move]]:
+    """Both Parameters of every swap, as (swap, "U" or "V", Move with the old state), in every optimizer that holds them.
+
+    U and V that one optimizer holds come one after the other.  ValueError if no optimizer holds an old one.
     """
     out = []
     for swap in swaps:
-        for side, old, new in (("U", swap.U, swap.U2), ("V", swap.V, swap.V2)):
-            found = place_of(optimizers, old)
-            if found is None:
+        both = (("U", swap.U, swap.U2), ("V", swap.V, swap.V2))
+        for _, old, _ in both:
+            if place_of(optimizers, old) is None:
                 raise ValueError(f"no optimizer holds the parameter of shape {tuple(old.shape)} whose rank changes; was the "
                                  "optimizer made before factorize_ or before load_state_dict? Make it after them.")
-            out.append((swap, side, Move(*found, old, new, found[0].state.get(old, {}))))
+        out += [(swap, side, Move(*place, old, new, optimizer.state.get(old, {}))) for optimizer in optimizers
+                for side, old, new in both for place in places_of([optimizer], old)]
     return out
 
 
@@ -180,9 +190,10 @@ class Transport(_Policy):
 
     @torch.no_grad()
     def plan(self, optimizers, swaps) -> Plan:
-        found, out = moves(optimizers, swaps), []
-        for (swap, _, U), (_, _, V) in zip(found[::2], found[1::2]):
-            for move, state in zip((U, V), carried(swap, U, V)):
+        out = []
+        for _, held in groupby(moves(optimizers, swaps), lambda one: (id(one[0]), id(one[2].optimizer))):
+            found = list(held)                                      # both factors, or the one that this optimizer steps
+            for (_, _, move), state in zip(found, carried(found)):
                 if not self.first:
                     state |= {key: torch.zeros_like(M) for key, M in state.items() if key in LINEAR and M is not None}
                 if not self.count and "step" in state:
@@ -221,16 +232,18 @@ def basis(swap: Swap) -> tuple[Tensor, Tensor]:
     return (swap.mix[1].mT, swap.mix[0].mT) if swap.mix else change_of_basis(*swap[:4])
 
 
-def carried(swap: Swap, U: Move, V: Move) -> tuple[dict, dict]:
-    """The old state of both factors in the new basis; an optimizer that steps pairs is asked itself (`carry`)."""
-    own = getattr(U.optimizer, "carry", None) if U.group is V.group else None
-    if own is not None and (state := own(U.group, swap, U.state, V.state)) is not None:
+def carried(found: Sequence[tuple[Swap, str, Move]]) -> Sequence[dict]:
+    """The old state of the factors that one optimizer holds, in the new basis; one that steps pairs is asked (`carry`)."""
+    swap, _, first = found[0]
+    own = getattr(first.optimizer, "carry", None) if len(found) == 2 and found[1][2].group is first.group else None
+    if own is not None and (state := own(first.group, swap, *(move.state for _, _, move in found))) is not None:
         return state
-    if not U.state and not V.state:
-        return {}, {}
+    if not any(move.state for _, _, move in found):
+        return [{} for _ in found]
     T_U, T_V = basis(swap)                                          # (r, k), (k, r)
-    return tuple(carry(move.state, move.old, T.to(move.new.device, working(move.new.dtype)), side, move.group.get("betas"))
-                 if move.state else {} for move, T, side in ((U, T_U, "right"), (V, T_V.mT, "left")))
+    turns = {"U": (T_U, "right"), "V": (T_V.mT, "left")}
+    return [carry(move.state, move.old, turns[side][0].to(move.new.device, working(move.new.dtype)), turns[side][1],
+                  move.group.get("betas")) if move.state else {} for _, side, move in found]
 
 
 def carry(state: dict, old: Tensor, T: Tensor, side: str, betas: tuple[float, float] | None) -> dict:
