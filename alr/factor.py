@@ -92,6 +92,8 @@ def halves(P: Tensor, S: Tensor, Zt: Tensor) -> tuple[Tensor, Tensor]:
 def wide(X: Tensor) -> Tensor:
     """X in float64, on the CPU where its device has no float64 (MPS)."""
     X = X.detach()
+    if X.is_complex():
+        raise TypeError(f"a factor is {X.dtype}, and ranks are worked out in real numbers; leave such layers dense.")
     return X.cpu().double() if X.device.type == "mps" else X.double()
 
 

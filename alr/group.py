@@ -110,8 +110,10 @@ def average_gradients(model: nn.Module, group: Any = None) -> None:
     params = [p for p in model.parameters() if p.requires_grad]
     if not params:
         return
-    here, device = [p.grad is not None for p in params], params[0].device
-    used = torch.ones(len(params), device=device) if all(here) else torch.tensor(here, dtype=torch.float32, device=device)
+    here = [p.grad is not None for p in params]
+    used = torch.ones(len(params), device=params[0].device, dtype=torch.float32)                # a copy of `here` would wait
+    if not all(here):
+        used.copy_(torch.tensor(here, dtype=torch.float32))
     group.sum([used])
     # where all are used here, all are used by somebody, and the host need not wait for the device to tell
     live = params if all(here) else [p for p, users in zip(params, used.tolist()) if users]

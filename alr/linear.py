@@ -20,6 +20,7 @@ from .axes import Init
 from .factor import check_rank, uncast
 from .init import Fresh, Spectral
 
+REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64)    # what a factor can be made of
 Where = Callable[[str], bool] | str | Sequence[str] | None     # which layers: a test, or shell patterns, of their names
 
 
@@ -47,6 +48,7 @@ class LowRankLinear(nn.Module):
     def __init__(self, in_features: int, out_features: int, rank: int | float, bias: bool = True, device=None, dtype=None):
         super().__init__()
         rank = check_rank(rank, out_features, in_features, "LowRankLinear", "a layer")
+        check_real(dtype or torch.get_default_dtype(), "LowRankLinear")
         self.in_features, self.out_features = in_features, out_features
         self.U = nn.Parameter(torch.empty(out_features, rank, device=device, dtype=dtype))
         self.V = nn.Parameter(torch.empty(rank, in_features, device=device, dtype=dtype))
@@ -71,6 +73,7 @@ class LowRankLinear(nn.Module):
         linear: an nn.Linear, or a Conv1D of transformers (GPT-2's, whose weight is stored as (n, m)).
         """
         W = dense_weight(linear)                                    # (m, n)
+        check_real(W.dtype, "from_linear")
         m, n = W.shape
         rank = check_rank(rank, m, n, "from_linear", "a layer")
         new = cls.__new__(cls)
@@ -104,6 +107,7 @@ class LowRankLinear(nn.Module):
 
     def take_rank(self, rank: int) -> None:
         """Make room for factors of another rank, whose numbers follow: new, empty Parameters."""
+        refuse_inference("load_state_dict")
         for name, shape in (("U", (self.out_features, rank)), ("V", (rank, self.in_features))):
             old = getattr(self, name)
             new = successor(old, old.new_empty(shape))
@@ -136,6 +140,7 @@ def standing(p: nn.Parameter) -> nn.Parameter:
 
 def successor(old: nn.Parameter, new: Tensor) -> nn.Parameter:
     """The Parameter of another shape that stands where `old` stood: its attributes and gradient hooks go along."""
+    refuse_inference("a change of rank")
     p = nn.Parameter(new, old.requires_grad)
     p.__dict__.update({key: value for key, value in old.__dict__.items() if key != "stands_now"})
     for hook in (old._backward_hooks or {}).values():
@@ -166,10 +171,10 @@ def dense_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The layers that `factorize_` can take, by name: exact nn.Linear, and Conv1D of transformers.
 
     A subclass may have a forward of its own; a layer whose weight is computed (parametrised, weight-normed) or not there
-    yet (lazy) has no Parameter to replace.
+    yet (lazy) has no Parameter to replace; complex and whole numbers (quantised) have no factors here.
     """
     return {name: mod for name, mod in model.named_modules() if (type(mod) is nn.Linear or is_conv1d(mod))
-            and type(mod._parameters.get("weight")) is nn.Parameter}
+            and type(mod._parameters.get("weight")) is nn.Parameter and mod.weight.dtype in REAL}
 
 
 def holders(model: nn.Module) -> dict[int, list[tuple[str, nn.Module, str]]]:
@@ -194,7 +199,10 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def refuse_wrapped(model: nn.Module, who: str) -> None:
-    """ValueError for a model of which somebody else holds the parameters: DDP, FSDP, DTensor, peft.  TypeError for none."""
+    """ValueError for a model of which somebody else holds the parameters: DDP, FSDP, DTensor, peft, an offload of accelerate.
+
+    TypeError for what is no model.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"{who}: the model is {model!r}; wanted an nn.Module, such as nn.Sequential(nn.Linear(8, 8)).")
     for name, mod in model.named_modules():
@@ -207,6 +215,9 @@ def refuse_wrapped(model: nn.Module, who: str) -> None:
             raise ValueError(f"{who}: the model is sharded by FSDP{at}, whose pieces cannot change their shape. Call "
                              f"{who} before sharding, with a recipe that holds its ranks (alr.recipes.uniform), or train "
                              "with alr.average_gradients(model) in place of FSDP.")
+        if hasattr(mod, "_hf_hook") and any(p is not None and p.is_meta for p in mod._parameters.values()):
+            raise ValueError(f"{who}: accelerate keeps the weights of {type(mod).__name__}{at} elsewhere (offloaded). Load the "
+                             "model without device_map, or call accelerate.hooks.remove_hook_from_submodules(model) first.")
         if type(mod).__module__.startswith("peft."):
             raise ValueError(f"{who}: the model holds adapters of peft{at} ({type(mod).__name__}). Merge them first "
                              "(merge_and_unload), or factorize the model before peft is given it.")
@@ -214,6 +225,19 @@ def refuse_wrapped(model: nn.Module, who: str) -> None:
         if type(p.data).__name__ == "DTensor" or type(p).__name__ == "DTensor":
             raise ValueError(f"{who}: {name!r} is a DTensor (fully_shard, tensor parallel), whose pieces cannot change "
                              f"their shape. Call {who} before the model is distributed.")
+
+
+def check_real(dtype: torch.dtype, who: str) -> None:
+    """ValueError for a dtype that factors cannot have."""
+    if dtype not in REAL:
+        raise ValueError(f"{who}: a weight of {dtype}; wanted float16, bfloat16, float32 or float64. Leave such layers dense.")
+
+
+def refuse_inference(who: str) -> None:
+    """RuntimeError in inference mode, where tensors are made that no backward pass can use."""
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(f"{who}: in inference mode it would make Parameters that cannot be trained; call it outside of "
+                           "torch.inference_mode() (torch.no_grad() does no harm).")
 
 
 def picks(where: Where, name: str) -> bool:
@@ -246,7 +270,8 @@ def left_out(model: nn.Module) -> Counter:
             continue
         matrices = sum(p is not None and p.dim() >= 2 and min(p.shape) > 1 for p in own.values())
         if matrices and not isinstance(mod, skip) and id(mod) not in taken and "ParametrizationList" not in type(mod).__name__:
-            found[type(mod).__name__] += 1
+            odd = {str(p.dtype).removeprefix("torch.") for p in own.values() if p is not None and p.dtype not in REAL}
+            found[" of ".join([type(mod).__name__, *sorted(odd)])] += 1
     return found
 
 
@@ -275,6 +300,7 @@ def factorize_(model: nn.Module, rank: int | float | Mapping[str, int | float] |
     """
     model_given, model = model, unwrapped(model)
     refuse_wrapped(model, "factorize_")
+    refuse_inference("factorize_")
     check_where(where, "factorize_")
     if rank is None or isinstance(rank, (str, bool)) or not (isinstance(rank, Mapping) or callable(rank)
                                                              or hasattr(rank, "__float__")):
@@ -356,6 +382,7 @@ def factorize_like_(model: nn.Module, state: Mapping[str, Any]) -> nn.Module:
     """
     inner = unwrapped(model)
     refuse_wrapped(inner, "factorize_like_")
+    refuse_inference("factorize_like_")
     shapes = {key: tuple(getattr(x, "shape", None) or getattr(x, "size", ())) for key, x in state.items()}
     names = [key[:-2] for key in shapes if key.endswith(".U") and f"{key[:-2]}.V" in shapes]
     if not names:
@@ -400,6 +427,7 @@ def densify_(model: nn.Module, only_if_larger: bool = False) -> nn.Module:
     """
     inner = unwrapped(model)
     refuse_wrapped(inner, "densify_")
+    refuse_inference("densify_")
     layers = {name: low for name, low in low_rank_layers(inner).items()
               if not only_if_larger or low.U.numel() + low.V.numel() >= low.out_features * low.in_features}
     if "" in layers:

@@ -74,6 +74,8 @@ def _leading(x: Tensor) -> int:
 @torch.library.custom_op("alr::book_moments", mutates_args=("H", "K", "count"))
 def book_moments(h: Tensor, d: Tensor, H: Tensor, K: Tensor, count: Tensor) -> None:
     """H += sum of h h^T, K += sum of d d^T, count += (rows, examples).  (..., r), (..., r), (r, r), (r, r), (2,)."""
+    if h.numel() == 0:                                                  # no row: an expert without tokens
+        return
     with torch.autocast(h.device.type, enabled=False):
         hr, dr = _rows(h).to(H.dtype), _rows(d).to(K.dtype)             # (B, r), (B, r)
         H.add_(hr.mT @ hr)
@@ -88,6 +90,8 @@ def book_importance(h: Tensor, d: Tensor, A: Tensor, B: Tensor, felt: Tensor, co
 
     (..., r), (..., r), (r, r), (r, r), (2, r), (2,).
     """
+    if h.numel() == 0:
+        return
     with torch.autocast(h.device.type, enabled=False):
         change = (d.to(A.dtype) @ A) * (h.to(B.dtype) @ B.mT)           # (..., r)
         felt[0].add_(_rows(change).square().sum(0))
@@ -100,6 +104,8 @@ def book_importance(h: Tensor, d: Tensor, A: Tensor, B: Tensor, felt: Tensor, co
 @torch.library.custom_op("alr::book_gradient", mutates_args=("G", "passed"))
 def book_gradient(x: Tensor, g: Tensor, G: Tensor, passed: Tensor) -> None:
     """G += dloss/dW, passed += (rows, examples).  x (..., n), g (..., m), G (m, n), passed (2,)."""
+    if x.numel() == 0:
+        return
     with torch.autocast(x.device.type, enabled=False):
         G.add_(_rows(g).to(G.dtype).mT @ _rows(x).to(G.dtype))
         passed[0].add_(len(_rows(x)))
@@ -262,7 +268,7 @@ class Observer:
         self.books = {name: Book.of(layer, moments, "weight_gradient" in self.needs) for name, layer in self.layers.items()}
         self.done, self.turned, self.open = 0, False, True
         device = next(iter(self.books.values())).count.device if self.books else torch.device("cpu")
-        self.good = torch.zeros(2, device=device)       # steps that counted, of each half
+        self.good = torch.zeros(2, device=device, dtype=torch.float32)      # steps that counted, of each half
         self.first: dict[str, tuple] = {}               # after `turn`: layer -> (S, rows) of the first half
         self._install()
 
@@ -311,7 +317,7 @@ class Observer:
 
     def _finite(self) -> Tensor:
         """Is every number finite that was booked since the last commit?  A bool on the device."""
-        sums = [x.sum().to(self.good) for book in self.books.values() for x in book.pending().values()]
+        sums = [x.sum().to(self.good.device) for book in self.books.values() for x in book.pending().values()]
         ok = torch.stack(sums).isfinite().all() if sums else torch.ones((), dtype=torch.bool, device=self.good.device)
         if self.group.size == 1:
             return ok
@@ -431,11 +437,14 @@ class Observer:
                 "first": {name: list(pair) for name, pair in self.first.items()}}
 
     def load_state_dict(self, state: dict) -> None:
+        """Go on where another observer stopped.  Layers that it did not look at are left alone; books of others are dropped."""
         self.steps = state.get("steps", self.steps)         # older checkpoints leave the length to the caller
+        for name in [name for name in self.layers if name not in state["books"]]:      # frozen when the window was opened
+            del self.layers[name].op, self.layers[name], self.books[name]
         self.done, self.turned, self.good = state["done"], state["turned"], state["good"].to(self.good)
         self.first = {name: tuple(pair) for name, pair in state["first"].items()}
-        for name, saved in state["books"].items():
-            book = self.books[name]
+        for name, book in self.books.items():
+            saved = state["books"][name]
             like = book.count
             for key, x in saved["pending"].items():
                 setattr(book, key, x.to(like))

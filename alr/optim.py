@@ -21,7 +21,7 @@ from torch.optim.adamw import adamw
 
 from .axes import Momentum
 from .factor import exact, working
-from .linear import low_rank_layers, refuse_wrapped, standing, unwrapped
+from .linear import low_rank_layers, refuse_inference, refuse_wrapped, standing, unwrapped
 from .rules import SCALES, Pair, Rule, Settings, shape_scale
 from .state import Swap, fitting
 from .tangent import Tangent
@@ -67,6 +67,7 @@ class PairOptimizer(Optimizer):
                  rest_eps: float = 1e-8, rest_weight_decay: float = 0.01):
         if not isinstance(rule, Rule):
             raise ValueError(f"PairOptimizer: rule is {rule!r}; wanted a value such as Tangent().")
+        refuse_inference("PairOptimizer")
         self.rule = rule
         self.pair_defaults = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay,
                               "decay": decay, "ns_steps": ns_steps, "adjust_lr_fn": adjust_lr_fn or "none"}
@@ -269,6 +270,9 @@ def check_pairs(listed: list[tuple]) -> None:
             raise ValueError(f"PairOptimizer: pair {i} is {shapes}, which are no factors of one matrix; wanted (m, r) and "
                              "(r, n).")
         U, V = pair
+        if U.is_complex() or V.is_complex():
+            raise ValueError(f"PairOptimizer: pair {i} ({shapes}) is complex, and the rules step real factors; give it to "
+                             "torch.optim.AdamW.")
         if U.shape[1] > min(U.shape[0], V.shape[1]):
             raise ValueError(f"PairOptimizer: pair {i} is {shapes}, of a rank above both sides; is it (V, U)? Wanted (U, V).")
         if U.requires_grad != V.requires_grad:

@@ -9,8 +9,9 @@ Dims: m out_features, n in_features, q = min(m, n), r rank.  W (m, n) -> U (m, r
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -72,14 +73,45 @@ class Suggestion:
 
 
 def cross_entropy(model: nn.Module, batch: Any) -> Tensor:
-    """The loss of a batch: (inputs, targets) by cross entropy over the last dim; a dict by the model's own .loss."""
-    if isinstance(batch, dict):
-        return model(**batch).loss
+    """The loss of a batch: (inputs, targets) by cross entropy over the last dim; a mapping by the model's own .loss.
+
+    Targets are classes, or probabilities of the logits' shape.  ValueError for a batch or a model of another kind.
+    """
+    own = "Say what the loss is: loss=lambda model, batch: ..."
+    if isinstance(batch, Mapping):
+        value = getattr(model(**batch), "loss", None)
+        if value is None:
+            raise ValueError(f"suggest_ranks: the model gives no .loss for a batch of {', '.join(map(str, batch))}; is the "
+                             f"label missing? {own}")
+        return value
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2 or not isinstance(batch[1], Tensor):
+        parts = f" of {', '.join(type(x).__name__ for x in batch)}" if isinstance(batch, (tuple, list)) else ""
+        raise ValueError(f"suggest_ranks: a batch is a {type(batch).__name__}{parts}; wanted (inputs, targets), or a mapping "
+                         f"for model(**batch). {own}")
     x, y = batch
     logits = model(x)                                               # (..., C)
-    return F.cross_entropy(logits.flatten(0, -2) if logits.dim() > 2 else logits, y.flatten())
+    if not isinstance(logits, Tensor):
+        raise ValueError(f"suggest_ranks: the model gives {type(logits).__name__}; wanted a tensor of logits (..., C). {own}")
+    classes = not y.is_floating_point() and y.numel() * logits.shape[-1] == logits.numel()
+    shares = y.is_floating_point() and y.shape == logits.shape and bool((y >= 0).all() and ((y.sum(-1) - 1).abs() < 1e-2).all())
+    if logits.shape[-1] < 2 or not (classes or shares):
+        raise ValueError(f"suggest_ranks: targets are {y.dtype} of shape {tuple(y.shape)}, logits have the shape "
+                         f"{tuple(logits.shape)}; cross entropy wants classes {tuple(logits.shape[:-1])}, or probabilities of "
+                         f"the logits' shape, of two classes or more. {own}")
+    C = logits.shape[-1]
+    return F.cross_entropy(logits.reshape(-1, C), y.reshape(-1, C).to(logits) if shares else y.reshape(-1))
 
 
+def learning(function: Callable) -> Callable:
+    """The function with gradients on, wherever its caller stands."""
+    @functools.wraps(function)
+    def with_gradients(*args, **kwargs):
+        with torch.inference_mode(False), torch.enable_grad():
+            return function(*args, **kwargs)
+    return with_gradients
+
+
+@learning
 def suggest_ranks(model: nn.Module, batches: Iterable[Any], share: float,
                   loss: Callable[[nn.Module, Any], Tensor] = cross_entropy, where: Where = None, min_rank: int = 1,
                   multiple: int = 1, per: Literal["auto", "row", "example"] = "auto"
@@ -91,13 +123,13 @@ def suggest_ranks(model: nn.Module, batches: Iterable[Any], share: float,
     is shared among all layers by importance per parameter.  The model itself is not changed.  The copy is in the mode that the
     model is in: call model.eval() first for a loss without dropout.
 
-    batches: at least two, each (inputs, targets), a dict for model(**batch), or whatever `loss(model, batch)` takes; a mean
+    batches: at least two, each (inputs, targets), a mapping for model(**batch), or whatever `loss(model, batch)` takes; a mean
     over its terms.  where: which layers, as in `factorize_`.  min_rank, multiple: as in `Budget`.  per: see `Observer`.
     A layer that no batch reaches stays as it is, as if `where` had left it out; a warning names it.
     Cost: a copy of the model, one forward and backward per batch, and the SVD of every weight.
 
-    ValueError: fewer than two batches; a share that is no share; a min_rank or multiple below 1; no linear layer; a loss
-    that is not finite, or that reaches none of the layers.
+    ValueError: fewer than two batches; a share that is no share; a min_rank or multiple below 1; no linear layer; a batch
+    that needs a `loss` of its own; a loss that is no single number, not finite, or that reaches none of the layers.
 
         >>> _ = torch.manual_seed(0)
         >>> model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
@@ -123,12 +155,18 @@ def suggest_ranks(model: nn.Module, batches: Iterable[Any], share: float,
         factorize_(whole, {name: min(dense_weight(mod).shape) for name, mod in dense_layers(whole).items() if name in names}
                    if names else 1.0, where)                        # without names: factorize_'s own refusal
     for p in whole.parameters():
-        p.requires_grad_(True)
+        p.requires_grad_(p.is_floating_point() or p.is_complex())
         p.grad = None
     layers = {name: layer for name, layer in low_rank_layers(whole).items() if name in names}
     observer = Observer(layers, ("importance",), len(batches), per)
     for batch in batches:
         value = loss(whole, batch)
+        if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
+            came = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            if isinstance(value, Tensor) and value.numel() == 1:
+                came = "a number without a gradient"
+            raise ValueError(f"suggest_ranks: the loss of a batch is {came}; wanted one number to go back from, a mean over "
+                             "its terms, with its graph.")
         if not torch.isfinite(value):
             raise ValueError(f"suggest_ranks: the loss of a batch is {value.item()}.")
         value.backward()
@@ -144,7 +182,7 @@ def suggest_ranks(model: nn.Module, batches: Iterable[Any], share: float,
         warnings.warn("suggest_ranks: the loss of no batch went through the forward of "
                       f"{unseen[0]!r}" + (f" and of {len(unseen) - 1} more layers" if unseen[1:] else "") + ", so nothing is "
                       "known of the directions there; left as it is. Does somebody read .weight, or do the batches never get "
-                      "there?", stacklevel=2)
+                      "there?", stacklevel=3)
     return _shared({name: layer for name, layer in layers.items() if name not in unseen}, seen, share, min_rank, multiple)
 
 

@@ -174,7 +174,7 @@ def prepare(config: Config, recipe: Recipe | None = None, workers: Workers | Non
     adapter = RankAdapter(model, optimizers, adjusted, total_steps=config.steps)
     dtype = pick_dtype(config.precision, device)
     run = Run(config, adjusted, text, device, dtype, model, optimizers, adapter, repr(given), leads=workers.rank == 0,
-              writer=writer, seed_log=seed_log, running=torch.zeros((), device=device))
+              writer=writer, seed_log=seed_log, running=torch.zeros((), device=device, dtype=torch.float32))
     if saved is None:
         draw_apart(run, workers)
         return run

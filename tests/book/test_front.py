@@ -37,7 +37,7 @@ def test_the_picture_comes_before_the_story():
     assert body.index("own-null.svg") < body.index("Ten versions")
 
 
-SIGNS = {"leak_gap": -1, "null_start_decides": 1, "repair_transport": -1, "repaired_beats_v10": -1,
+SIGNS = {"leak_gap": -1, "null_start_decides_later": 1, "repair_transport": -1, "repaired_beats_v10": -1,
          "alr_beats_uniform_shakespeare": -1, "equal_best_words": 1}            # what the sentences on the front page say
 
 
