@@ -42,7 +42,7 @@ class LowRankLinear(nn.Module):
         (torch.Size([5, 32]), 4)
     """
 
-    op: Callable = staticmethod(factored)                           # what forward calls; v6 and v7.3 have their own
+    op = staticmethod(factored)         # what forward calls; v6 and v7.3 have their own (torch.jit.script: no annotation)
     dense: type[nn.Module] = nn.Linear                              # what `densify_` makes of it
 
     def __init__(self, in_features: int, out_features: int, rank: int | float, bias: bool = True, device=None, dtype=None):
@@ -104,6 +104,13 @@ class LowRankLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, rank={self.rank}, bias={self.bias is not None}"
+
+    def __prepare_scriptable__(self) -> LowRankLinear:
+        """What torch.jit.script is given: this layer, if its forward can be read."""
+        if "op" in self.__dict__ and self.op is not factored:
+            raise RuntimeError(f"torch.jit.script: a layer's forward is {self.op!r}, which cannot be scripted. Before a "
+                               "decision the layers are observed: script copy.deepcopy(model), or call adapter.close() first.")
+        return self
 
     def take_rank(self, rank: int) -> None:
         """Make room for factors of another rank, whose numbers follow: new, empty Parameters."""

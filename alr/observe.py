@@ -116,21 +116,45 @@ for _op in (book_moments, book_importance, book_gradient):
     _op.register_fake(lambda *args: None)
 
 
+def _plain(book, h: Tensor, d: Tensor, *buffers: Tensor) -> None:
+    book(h, d, *buffers)
+
+
+def _jagged(book, h: Tensor, d: Tensor, *buffers: Tensor) -> None:
+    """The same of a nested tensor (examples, length of each, ...), whose lengths stay on the device."""
+    rows, slopes, ends, examples = h.values(), d.values(), h.offsets()[1:], h.shape[0]      # (R, ...), (R, ...), (examples,)
+    if book is torch.ops.alr.book_importance:
+        A, B, felt, count = buffers
+        each = torch.zeros_like(felt)                                   # (2, r)
+        book(rows, slopes, A, B, each, count)
+        with torch.autocast(rows.device.type, enabled=False):
+            change = (slopes.to(A.dtype) @ A) * (rows.to(B.dtype) @ B.mT)       # (R, ..., r)
+        change = change.reshape(len(rows), -1, len(A)).sum(1)           # (R, r)
+        example = torch.bucketize(torch.arange(len(rows), device=ends.device), ends, right=True)      # (R,)
+        whole = change.new_zeros(examples, len(A)).index_add(0, example, change)            # (examples, r)
+        felt.add_(torch.stack([each[0], whole.square().sum(0)]))
+    else:
+        book(rows, slopes, *buffers)
+    buffers[-1][1].add_(examples - len(rows))                           # the operator took each row for an example
+
+
 class _Look(torch.autograd.Function):
     """The identity on h; its backward books what it sees.  The last tensors say what and where."""
 
     @staticmethod
-    def forward(ctx, h, book, *buffers):
-        ctx.book, ctx.buffers = book, buffers           # written into by every backward: not what autograd should watch
+    def forward(ctx, h, book, leaf, *buffers):
+        ctx.book, ctx.leaf = book, leaf
+        ctx.buffers = buffers                           # written into by every backward: not what autograd should watch
         ctx.save_for_backward(h)
         return h.view_as(h)
 
     @staticmethod
     def backward(ctx, d):
         h, = ctx.saved_tensors
-        with torch.no_grad():
-            ctx.book(h, d.detach(), *ctx.buffers)
-        return (d, None, *[None] * len(ctx.buffers))
+        if _counts(d, ctx.leaf):
+            with torch.no_grad():
+                (_jagged if h.is_nested else _plain)(ctx.book, h, d.detach(), *ctx.buffers)
+        return (d, None, None, *[None] * len(ctx.buffers))
 
 
 class _LookOut(torch.autograd.Function):
@@ -140,24 +164,54 @@ class _LookOut(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, y, x, *buffers):
-        ctx.buffers = buffers
+    def forward(ctx, y, x, leaf, *buffers):
+        ctx.leaf, ctx.buffers = leaf, buffers
         ctx.save_for_backward(x)
         return y.view_as(y)
 
     @staticmethod
     def backward(ctx, g):
         x, = ctx.saved_tensors
-        with torch.no_grad():
-            torch.ops.alr.book_gradient(x, g.detach(), *ctx.buffers)
-        return g, None, None, None
+        if _counts(g, ctx.leaf):
+            with torch.no_grad():
+                (_jagged if x.is_nested else _plain)(torch.ops.alr.book_gradient, x, g.detach(), *ctx.buffers)
+        return g, None, None, None, None
 
 
 def _elsewhere() -> bool:
-    """Is this forward exported, traced, or taken apart by functorch (vmap, per-sample gradients)?  Then it is not seen."""
+    """Is this forward exported, traced, differentiated forwards, or taken apart by functorch (vmap, per-sample gradients)?
+
+    Then it is not seen.
+    """
     if torch.compiler.is_compiling():
         return torch.compiler.is_exporting()
-    return torch._C._functorch.maybe_current_level() is not None or torch.jit.is_tracing()
+    return (torch._C._functorch.maybe_current_level() is not None or torch.jit.is_tracing()
+            or torch.autograd.forward_ad._current_level >= 0)
+
+
+def _holey(h: Tensor) -> bool:
+    """Is it a nested tensor whose rows do not lie one after another?"""
+    return h.layout is not torch.jagged or h._ragged_idx != 1 or h.lengths() is not None
+
+
+def _leaf(U: Tensor):
+    """The node of the graph that adds to U's gradient; None where it cannot be asked for, in a compiled graph."""
+    if torch.compiler.is_compiling() or not U.requires_grad:
+        return None
+    return torch.autograd.graph.get_gradient_edge(U).node
+
+
+def _counts(d: Tensor, leaf) -> bool:
+    """Does the backward pass under way train the layer?  Not one of several directions at once (is_grads_batched), nor one
+    that asks for other gradients only: of the input, for a saliency or a gradient penalty."""
+    if torch.compiler.is_compiling():
+        return True
+    if torch._C._functorch.is_batchedtensor(d) or torch._C._functorch.is_legacy_batchedtensor(d):
+        return False
+    try:
+        return leaf is None or torch._C._will_engine_execute_node(leaf)
+    except RuntimeError:                                # autograd.grad asks for this very gradient
+        return True
 
 
 def _at_rest():
@@ -173,16 +227,17 @@ class Watched:
     def __call__(self, x: Tensor, U: Tensor, V: Tensor, bias: Tensor | None) -> Tensor:
         book = self.book
         h = F.linear(x, V)                                              # (..., r)
-        seen = h.requires_grad and not _elsewhere()
+        seen = h.requires_grad and not _elsewhere() and not (h.is_nested and _holey(h))
         inside = seen and h.shape[-1] > 0                               # a layer of rank 0 has no inside
         if inside and book.H is not None and book.H.shape[1] != h.shape[-1]:     # of another rank: loaded since
             seen = inside = False
+        leaf = _leaf(U) if seen else None
         if inside and book.measuring:
-            h = _Look.apply(h, torch.ops.alr.book_importance, book.A, book.B, book.felt, book.count)
+            h = _Look.apply(h, torch.ops.alr.book_importance, leaf, book.A, book.B, book.felt, book.count)
         elif inside and book.H is not None:
-            h = _Look.apply(h, torch.ops.alr.book_moments, book.H, book.K, book.count)
+            h = _Look.apply(h, torch.ops.alr.book_moments, leaf, book.H, book.K, book.count)
         y = F.linear(h, U, bias)                                        # (..., m)
-        return _LookOut.apply(y, x, book.G, book.passed) if seen and book.G is not None else y
+        return _LookOut.apply(y, x, leaf, book.G, book.passed) if seen and book.G is not None else y
 
     def __reduce__(self):
         return _at_rest, ()

@@ -232,3 +232,91 @@ def test_layers_of_complex_or_whole_numbers_stay_dense_and_are_named():
     adapter = alr.RankAdapter(turned, torch.optim.AdamW(turned.parameters()), alr.recipes.uniform)
     with pytest.raises(TypeError, match="a factor is torch.complex64"):
         adapter.resize({"0": 3})
+
+
+# ------------------------------------------------------------------------------------------------ passes that train nothing
+
+def saliency(model, x):
+    torch.autograd.grad(model(x.requires_grad_()).sum(), x)
+
+
+def of_another_layer(model, x):
+    torch.autograd.grad(model(x).sum(), model[4].bias)
+
+
+def all_at_once(model, x):
+    y = model(x[:2])
+    torch.autograd.grad(y, model[0].U, torch.eye(24)[:, None].expand(-1, 2, -1), is_grads_batched=True)
+
+
+def jacobian(model, x):
+    torch.autograd.functional.jacobian(model, x[:2], vectorize=True)
+
+
+def forwards(model, x):
+    with torch.autograd.forward_ad.dual_level():
+        model(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
+
+
+@pytest.mark.parametrize("extra", [saliency, of_another_layer, all_at_once, jacobian, forwards])
+def test_a_pass_that_trains_nothing_is_not_seen(extra):
+    def loss(model, i, extra=None):
+        if extra:
+            extra(model, batch(i + 50)[0])
+        return F.cross_entropy(model(batch(i)[0]), batch(i)[1])
+    a, b = net(), net()
+    alike(seen_in(a, lambda i: loss(a, i, extra)), seen_in(b, lambda i: loss(b, i)), rtol=0, atol=0)
+
+
+def test_gradients_asked_for_by_name_are_seen():
+    a, b = net(), net()
+    def by_hand(i):
+        value = F.cross_entropy(a(batch(i)[0]), batch(i)[1])
+        params = list(a.parameters())
+        for p, g in zip(params, torch.autograd.grad(value, params)):
+            p.grad = g
+    observer = Observer(low_rank_layers(a), ("importance", "weight_gradient"), 4)
+    for i in range(4):
+        by_hand(i)
+        observer.commit()
+    alike(observer.close(), seen_in(b, lambda i: F.cross_entropy(b(batch(i)[0]), batch(i)[1])), rtol=0, atol=0)
+
+
+# ------------------------------------------------------------------------------------------------ nested, scripted
+
+@pytest.mark.parametrize("per", ["row", "example"])
+def test_examples_of_different_lengths_are_seen_as_they_are(per):
+    lengths = (3, 7, 1, 5)
+    def parts(i):
+        return [batch(i)[0][:n] + j for j, n in enumerate(lengths)]
+    def seen(passed, steps=4):
+        model = net()
+        observer = Observer(low_rank_layers(model), ("importance", "weight_gradient"), steps, per)
+        for i in range(steps):
+            model.zero_grad()
+            passed(model, parts(i))
+            observer.commit()
+        return observer.close(), [book.total["count"].tolist() for book in observer.books.values()]
+    def jagged(model, parts):
+        model(torch.nested.nested_tensor(parts, layout=torch.jagged)).values().sin().sum().backward()
+    def one_by_one(model, parts):
+        sum(model(x[None]).sin().sum() for x in parts).backward()
+    (a, count), (b, same) = seen(jagged), seen(one_by_one)
+    assert count == same == [[2.0 * sum(lengths), 2.0 * len(lengths)]] * 3
+    for name in a:
+        assert a[name].rows == b[name].rows
+        torch.testing.assert_close(a[name].importance, b[name].importance, rtol=1e-3, atol=1e-7)
+        torch.testing.assert_close(a[name].weight_gradient, b[name].weight_gradient, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_can_be_scripted_at_rest_and_says_what_to_do_in_a_window():
+    model = net()
+    optimizer, adapter = start(model)
+    x = batch(0)[0]
+    torch.testing.assert_close(torch.jit.script(model)(x), model(x))
+    train(model, optimizer, adapter, 0, 5)
+    with pytest.raises(RuntimeError, match="cannot be scripted.*script copy.deepcopy.model., or call adapter.close"):
+        torch.jit.script(model)
+    torch.testing.assert_close(torch.jit.script(copy.deepcopy(model))(x), model(x))
+    adapter.close()
+    torch.testing.assert_close(torch.jit.script(model)(x), model(x))
