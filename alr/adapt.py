@@ -254,7 +254,8 @@ class RankAdapter:
         self._check_own()
         self._known = {name: (layer.U, layer.V) for name, layer in self.layers.items()}
         if self.layers:
-            recipe.state.check(self.optimizers)
+            if recipe.estimate is not None:         # else no rank moves but by hand: `resize` asks then
+                recipe.state.check(self.optimizers)
             self.check_held()
             self._check_momentum()
             ranks, shapes = list(self.ranks.values()), self.shapes
@@ -271,6 +272,7 @@ class RankAdapter:
         self._unheard, self._version = 0, None      # calls since then at which weights had moved, and how often they have
         self._untrained = set(self.layers)          # layers that no optimizer step has found with a gradient so far
         self._warned = set()                        # what has been said already
+        self._check_alone()
         self._listen()
         self._arm()
 
@@ -383,6 +385,16 @@ class RankAdapter:
         gradient = self.recipe.gradient
         self._handles = [] if gradient is None else list(gradient.attach(self))
         self._handles += [optimizer.register_step_post_hook(self._stepped) for optimizer in self.optimizers]
+
+    def _check_alone(self) -> None:
+        """Say so, where an older adapter hears the same optimizers and watches the same layers; it then keeps quiet."""
+        mine = {id(layer) for layer in self.layers.values()}
+        hooks = [hook for optimizer in self.optimizers for hook in optimizer._optimizer_step_post_hooks.values()]
+        for other in {id(x): x for hook in hooks if isinstance(x := getattr(hook, "__self__", None), RankAdapter)}.values():
+            if shared := [name for name, layer in other.layers.items() if id(layer) in mine]:
+                other._warned.add("forgotten")
+                self._warn("alone", f"another RankAdapter hears the same optimizer and changes the ranks of the same layers "
+                                    f"({shared[0]!r} is the first); was a cell run twice? Call close() of the older one.")
 
     def close(self) -> None:
         """Leave model and optimizers as they would be without the adapter."""
@@ -651,6 +663,7 @@ class RankAdapter:
             raise ValueError(f"RankAdapter: {unknown[0]!r} is no layer of this adapter; there are "
                              f"{len(self.layers)}, the first is {next(iter(self.layers), None)!r}.")
         self.check_held()
+        self.recipe.state.check(self.optimizers)
         events = self._resize({name: check_rank(k, self.layers[name].out_features, self.layers[name].in_features,
                                                 "RankAdapter.resize", name, least=0) for name, k in ranks.items()}, {}, {})
         self._arm()                                         # what is left of a window that this has dropped

@@ -28,9 +28,11 @@ def check_rank(k: int | float, m: int, n: int, who: str = "resize", layer: str =
     """k as a whole number, if a matrix of m x n can have that rank.
 
     A whole number is a rank, `least` or more (0: a layer that is off, for who can make one).  Any other real number is a
-    share of the dense matrix's numbers, 0.5 half of them.  numpy's numbers count as Python's.
+    share of the dense matrix's numbers, 0.5 half of them.  numpy's and torch's numbers count as Python's.
     ValueError for a rank or a share out of range, and for what is neither.
     """
+    if getattr(k, "ndim", None) == 0 and hasattr(k, "item"):        # a tensor or an array that is one number
+        k = k.item()
     if isinstance(k, bool) or not isinstance(k, numbers.Real) or not math.isfinite(k):
         raise ValueError(f"{who}: rank {k!r} asked of {layer} ({m} x {n}); it takes a whole number, {least} to {min(m, n)}, or "
                          "a share of the dense layer's numbers between 0 and 1, such as 0.5.")

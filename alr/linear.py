@@ -102,6 +102,12 @@ class LowRankLinear(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         return self.op(input, self.U, self.V, self.bias)            # (..., n) -> (..., m)
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if name == "weight":
+            raise ValueError("LowRankLinear: its weight is U @ V, which cannot be set or shared with another module. Leave a "
+                             "tied layer out of factorize_ (where=lambda name: ...), or load U and V.")
+        super().register_parameter(name, param)
+
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, rank={self.rank}, bias={self.bias is not None}"
 

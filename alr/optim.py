@@ -72,7 +72,8 @@ class PairOptimizer(Optimizer):
         self.pair_defaults = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay,
                               "decay": decay, "ns_steps": ns_steps, "adjust_lr_fn": adjust_lr_fn or "none"}
         self.rest_defaults = {"lr": rest_lr, "betas": rest_betas, "eps": rest_eps, "weight_decay": rest_weight_decay}
-        if isinstance(params, nn.Module):
+        whole = isinstance(params, nn.Module)
+        if whole:
             refuse_wrapped(params, "PairOptimizer")
             model = unwrapped(params)
             params = [{"pairs": pairs(model)}]
@@ -81,13 +82,17 @@ class PairOptimizer(Optimizer):
             params += [{"params": rest}] if rest else []
         else:
             params = list(params)
-            if params and isinstance(params[0], Tensor):
+            if params and (isinstance(params[0], Tensor) or named(params[0])):
                 raise ValueError("PairOptimizer: params are single Parameters, which nobody can pair; give the model, "
                                  "PairOptimizer(model), or pairs (U, V).")
             if params and not isinstance(params[0], dict):
                 params = [{"pairs": params}]
         if not any(group.get("pairs") for group in params):
-            raise ValueError("PairOptimizer: no pairs; call alr.factorize_(model, rank=...) before it is made.")
+            raise ValueError("PairOptimizer: no pairs; " + (
+                "call alr.factorize_(model, rank=...) before it is made." if whole else
+                'a group of them is {"pairs": [(U, V), ...]}, and {"params": [...]} is for AdamW. Give the model, '
+                "PairOptimizer(model), or its pairs, alr.optim.pairs(model); to transformers' Trainer "
+                "optimizers=(alr.PairOptimizer(model), None)."))
         super().__init__(params, {"momentum": momentum})        # cyclic schedulers ask the defaults for it
 
     # ---------------------------------------------------------------- groups
@@ -258,6 +263,20 @@ class PairOptimizer(Optimizer):
                     self.state[p][key] = x.detach().to(p.device, copy=True)
                 elif key == "step" and isinstance(x, Tensor) and p.device.type == "cuda":   # torch leaves it where it was saved
                     self.state[p][key] = x.detach().to(p.device, torch.float32, copy=True)
+
+
+def refuse_sparse(model: nn.Module) -> None:
+    """ValueError for an embedding whose gradients are sparse, which AdamW does not take."""
+    for name, mod in model.named_modules():
+        if getattr(mod, "sparse", False) is True and isinstance(mod, (nn.Embedding, nn.EmbeddingBag)):
+            raise ValueError(f"PairOptimizer: {name!r} has sparse gradients, and AdamW, which steps all that is no pair, takes "
+                             "dense ones. Make it with sparse=False, or give its weight to SparseAdam and the rest as "
+                             'groups: PairOptimizer([{"pairs": alr.optim.pairs(model)}, {"params": [...]}]).')
+
+
+def named(pair: Any) -> bool:
+    """Is it an entry of named_parameters?"""
+    return isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str)
 
 
 def check_pairs(listed: list[tuple]) -> None:

@@ -320,3 +320,63 @@ def test_a_model_can_be_scripted_at_rest_and_says_what_to_do_in_a_window():
     torch.testing.assert_close(torch.jit.script(copy.deepcopy(model))(x), model(x))
     adapter.close()
     torch.testing.assert_close(torch.jit.script(model)(x), model(x))
+
+
+# ------------------------------------------------------------------------------------------------ advice that leads somewhere
+
+def test_an_optimizer_that_cannot_follow_a_rank_serves_a_recipe_that_holds_them():
+    model = net(rank=8)
+    optimizer = torch.optim.LBFGS(model.parameters())
+    adapter = alr.RankAdapter(model, optimizer, alr.recipes.uniform)
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(batch(0)[0]), batch(0)[1])
+        loss.backward()
+        return loss
+    optimizer.step(closure)
+    assert adapter.step() == []
+    with pytest.raises(TypeError, match="LBFGS keeps state"):
+        adapter.resize({"0": 4})
+
+
+@pytest.mark.parametrize("give, words", [
+    (lambda m: [{"params": m.parameters()}], 'a group of them is {"pairs": .*optimizers=.alr.PairOptimizer.model., None.'),
+    (lambda m: m.named_parameters(), "params are single Parameters, which nobody can pair; give the model"),
+    (lambda m: dense(), "no pairs; call alr.factorize_"),
+])
+def test_what_an_optimizer_of_pairs_should_be_given(give, words):
+    with pytest.raises(ValueError, match=f"PairOptimizer: .*{words}"):
+        alr.PairOptimizer(give(net()))
+
+
+def test_a_weight_that_is_two_factors_cannot_be_tied():
+    emb, model = nn.Embedding(24, 48), net()
+    with pytest.raises(ValueError, match="its weight is U @ V, which cannot be set or shared.*where="):
+        model[4].weight = emb.weight
+    assert model[4].rank > 0 and "weight" not in model[4]._parameters
+
+
+def test_a_second_adapter_is_said_and_the_first_keeps_quiet():
+    model = net()
+    optimizer, first = start(model)
+    with pytest.warns(UserWarning, match="another RankAdapter hears the same.*'0' is the first.*close.. of the older"):
+        second = alr.RankAdapter(model, optimizer, FAST, total_steps=60)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(model, optimizer, second, 0, 12)
+        first.close()
+        second.close()
+        a, b = (alr.RankAdapter(model, optimizer, replace(FAST, where=(name,)), total_steps=60) for name in "02")
+
+
+def test_an_average_that_is_no_module_is_refused():
+    with pytest.raises(TypeError, match="follow_ranks_: the average is list; wanted a module"):
+        alr.integrations.follow_ranks_([p.clone() for p in net().parameters()], net())
+
+
+def test_a_rank_may_be_a_tensor_of_one_number():
+    assert factorize_(dense(), torch.tensor(4))[0].rank == factorize_(dense(), {"0": torch.tensor([4])[0]})[0].rank == 4
+    assert factorize_(dense(), torch.tensor(0.5))[0].rank == factorize_(dense(), 0.5)[0].rank
+    for rank in (torch.tensor([4, 4]), torch.tensor(True)):
+        with pytest.raises((ValueError, TypeError), match="rank"):
+            factorize_(dense(), rank)

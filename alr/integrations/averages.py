@@ -45,6 +45,10 @@ def follow_ranks_(average: nn.Module, model: nn.Module, events: Iterable[Any] = 
         >>> follow_ranks_(average, model).module[0].rank
         2
     """
+    if not isinstance(average, nn.Module):
+        raise TypeError(f"follow_ranks_: the average is {type(average).__name__}; wanted a module that holds a copy of the "
+                        "model, such as swa_utils.AveragedModel(model). Lists of averaged tensors (torch_ema) know "
+                        "no layers; make them anew when a rank has changed.")
     live, copies = low_rank_layers(model), low_rank_layers(held(average))
     for name, layer in live.items():
         mine = copies.get(name)

@@ -24,7 +24,7 @@ from .data import Corpus, corpus
 from .device import memory_limit, pick_device, pick_dtype, processor
 from .log import Lines, Log, is_line, provenance, seed_line
 from .model import GPT, MLPLM, GPTConfig, MLPConfig, block_linears, count_parameters
-from .optimizers import make_optimizers
+from .optimizers import OPTIMIZERS, make_optimizers
 from .processes import Workers
 
 MOVABLE = {"device", "threads"}                         # settings that a resumed run may change
@@ -142,6 +142,9 @@ def prepare(config: Config, recipe: Recipe | None = None, workers: Workers | Non
     workers = workers or Workers()
     given = recipe if recipe is not None else recipes.parse(config.recipe or "v10")
     adjusted = adjust(given, config).paced(config.steps_per_epoch)
+    if adjusted.rank is None and "pairs_lr" in OPTIMIZERS[config.optimizer].reads:
+        raise SettingError(f"{{optimizer}} {config.optimizer} steps pairs of factors, and {{recipe}} {adjusted.name} has "
+                           "none: its layers stay dense. Write {optimizer} adamw or muon, or {recipe} alr or uniform.")
     device = pick_device(config.device, workers.local_rank)
     with naming("out", config.out):
         saved = _saved(config, repr(given))

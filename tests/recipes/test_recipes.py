@@ -211,8 +211,9 @@ def test_an_optimizer_that_no_rank_will_meet_is_not_asked_about():
     model = language_model(True)
     RankAdapter(model, torch.optim.Adagrad(model.parameters()), recipes.v1)     # Transport would refuse it
     low = recipes.uniform.prepare(language_model(True), block_linears)
+    adapter = RankAdapter(low, torch.optim.Adagrad(low.parameters()), recipes.uniform)
     with pytest.raises(TypeError, match="Adagrad"):
-        RankAdapter(low, torch.optim.Adagrad(low.parameters()), recipes.uniform)
+        adapter.resize({"fc1": 2})
 
 
 # ------------------------------------------------------------------------------------------------ their flaws
