@@ -80,8 +80,10 @@ class LowRankLinear(nn.Module):
         nn.Module.__init__(new)
         new.in_features, new.out_features = n, m
         U, V = init(W.detach(), rank)                               # (m, r), (r, n)
-        grad = linear.weight.requires_grad
-        new.U, new.V = nn.Parameter(U.contiguous(), grad), nn.Parameter(V.contiguous(), grad)
+        new.U, new.V = successor(linear.weight, U.contiguous()), successor(linear.weight, V.contiguous())
+        for key, value in linear.__dict__.items():                  # what somebody has written on it, as `group = "head"`
+            if not (key.startswith("_") or callable(value) or hasattr(new, key) or key in ("nf", "nx")):
+                setattr(new, key, value)
         new.bias = linear.bias
         if type(linear) is not nn.Linear:
             new.dense = type(linear)
@@ -299,9 +301,10 @@ def factorize_(model: nn.Module, rank: int | float | Mapping[str, int | float] |
     of names; without it all of them (or the mapping's).  init(weight, rank) -> (U, V); the default is the truncated SVD,
     so a trained model keeps the best approximation of what it knows; `init.Fresh()` starts a large new model in a fraction
     of the time.  op: what forward computes, `factored` if not said.
+    Attributes and gradient hooks of a weight go along to both factors, and attributes of a layer to the new one.
 
     It takes exact nn.Linear layers and Conv1D of transformers.  A warning of one line names the kinds of modules that
-    hold matrices and were not taken.  Hooks of a replaced layer are gone.
+    hold matrices and were not taken.  A replaced layer's own hooks are gone.
     Initialise weights before, and make the optimizer afterwards: one made before still holds the old weights.
 
     ValueError, before anything is changed: nothing matched; a rank out of range; a weight that is not finite, or shared

@@ -76,6 +76,7 @@ class PairOptimizer(Optimizer):
         if whole:
             refuse_wrapped(params, "PairOptimizer")
             model = unwrapped(params)
+            refuse_sparse(model)
             params = [{"pairs": pairs(model)}]
             mine = {id(p) for pair in params[0]["pairs"] for p in pair}
             rest = [p for p in model.parameters() if id(p) not in mine]
@@ -155,6 +156,10 @@ class PairOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        for p in (p for group in self.param_groups for p in group["params"]):
+            if p.grad is not None and p.grad.is_sparse:
+                raise ValueError(f"PairOptimizer: the gradient of the parameter of shape {tuple(p.shape)} is sparse, and AdamW "
+                                 "takes dense ones. Make its embedding with sparse=False, or give it to SparseAdam.")
         if self._follow() and self.moved:
             warnings.warn("PairOptimizer: the model was loaded at other ranks, and what was remembered of the factors there is "
                           "of the old ones: they start anew. Load the optimizer's state with the model's.", stacklevel=4)
@@ -209,6 +214,8 @@ class PairOptimizer(Optimizer):
                 state["step"] = torch.zeros((), dtype=torch.float32, device=p.device if fused else "cpu")
                 state["exp_avg"] = torch.zeros_like(p, dtype=dtype)
                 state["exp_avg_sq"] = torch.zeros_like(p, dtype=dtype)
+            elif state["exp_avg"].dtype != dtype:       # the model was widened on the way (model.double())
+                state |= {key: state[key].to(dtype) for key in ("exp_avg", "exp_avg_sq")}
         states = [self.state[p] for p in params]
         kinds = {(p.device.type, p.is_floating_point()) for p in params}
         moved = [p.to(dtype) for p, dtype in zip(params, wide)]     # itself, where it is wide enough

@@ -380,3 +380,41 @@ def test_a_rank_may_be_a_tensor_of_one_number():
     for rank in (torch.tensor([4, 4]), torch.tensor(True)):
         with pytest.raises((ValueError, TypeError), match="rank"):
             factorize_(dense(), rank)
+
+
+# ------------------------------------------------------------------------------------------------ kept, or refused
+
+def test_attributes_and_hooks_of_a_layer_go_along():
+    model, seen = dense(), []
+    model[0].weight.no_weight_decay, model[0].group = True, "trunk"
+    model[0].weight.register_hook(lambda g: seen.append(tuple(g.shape)))
+    factorize_(model, rank=4)
+    assert model[0].U.no_weight_decay is model[0].V.no_weight_decay is True and model[0].group == "trunk"
+    assert not hasattr(model[2].U, "no_weight_decay") and (model[0].in_features, model[0].out_features) == (48, 48)
+    model(batch(0)[0]).sum().backward()
+    assert sorted(seen) == [(4, 48), (48, 4)]
+
+
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+def test_sparse_gradients_are_refused_by_name(kind):
+    model = nn.ModuleDict({"wte": kind(10, 8, sparse=True), "fc": nn.Linear(8, 8)})
+    factorize_(model, rank=2)
+    with pytest.raises(ValueError, match="PairOptimizer: 'wte' has sparse gradients.*sparse=False"):
+        alr.PairOptimizer(model)
+    optimizer = alr.PairOptimizer([{"pairs": alr.optim.pairs(model)}, {"params": model["wte"].parameters()}])
+    model["fc"](model["wte"](torch.zeros(3, 1, dtype=torch.long))).sum().backward()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="the parameter of shape .10, 8. is sparse.*sparse=False"):
+        optimizer.step()
+    assert all(torch.equal(x, before[key]) for key, x in model.state_dict().items())
+
+
+def test_a_model_may_be_widened_on_the_way():
+    model = net()
+    optimizer = alr.PairOptimizer(model)
+    adapter = alr.RankAdapter(model, optimizer, FAST, total_steps=60)
+    train(model, optimizer, adapter, 0, 3)
+    model.double()
+    train(model, optimizer, adapter, 3, 12, lambda i: F.cross_entropy(model(batch(i)[0].double()), batch(i)[1]))
+    assert all(p.dtype == torch.float64 and p.isfinite().all() for p in model.parameters())
+    assert optimizer.state[model[0].bias]["exp_avg"].dtype == torch.float64
