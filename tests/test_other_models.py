@@ -418,3 +418,21 @@ def test_a_model_may_be_widened_on_the_way():
     train(model, optimizer, adapter, 3, 12, lambda i: F.cross_entropy(model(batch(i)[0].double()), batch(i)[1]))
     assert all(p.dtype == torch.float64 and p.isfinite().all() for p in model.parameters())
     assert optimizer.state[model[0].bias]["exp_avg"].dtype == torch.float64
+
+
+# ------------------------------------------------------------------------------------------------ alr.train
+
+def test_a_warm_up_as_long_as_the_run_is_said():
+    from alr.lab import Config
+    short = dict(epochs=1, steps_per_epoch=4)
+    assert Config(warmup_steps=100, **short).unread() == ["{warmup_steps} 100 in a run of 4 steps: {lr} is never reached."]
+    assert Config(warmup_steps=4, schedule="cosine", **short).unread() == [
+        "{warmup_steps} 4 in a run of 4 steps: the cosine never begins."]
+    assert Config(warmup_steps=4, **short).unread() == Config(warmup_steps=3, schedule="cosine", **short).unread() == []
+
+
+def test_a_dense_run_has_no_pairs_to_step():
+    from alr.lab.config import Config, SettingError
+    from alr.lab.run import prepare
+    with pytest.raises(SettingError, match="optimizer tangent steps pairs of factors, and recipe dense has none"):
+        prepare(Config(recipe="dense", optimizer="tangent"))

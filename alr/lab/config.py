@@ -171,7 +171,8 @@ class Config:
         return _every(self.save_every)[1]
 
     def unread(self) -> list[str]:
-        """What was set and will not be read, a sentence each: a rate of another optimizer, a size of the other model."""
+        """What was set and will not be read, a sentence each: a rate of another optimizer, a size of the other model,
+        what comes after a warm-up that is as long as the run."""
         changed = {f.name for f in fields(self) if getattr(self, f.name) != f.default}
         found = [(name, f"{{optimizer}} {self.optimizer}") for name in changed
                  if read_by(name) and self.optimizer not in read_by(name)]
@@ -179,7 +180,11 @@ class Config:
                   for name in changed.intersection(names)]
         if self.out is None:
             found += [(name, "a run without {out}") for name in changed & {"save_every", "keep"}]
-        return [f"{{{name}}} is not read by {by}." for name, by in sorted(found)]
+        short = self.warmup_steps > self.steps
+        late = [f"{{warmup_steps}} {self.warmup_steps} in a run of {self.steps} steps: "
+                + ("{lr} is never reached." if short else "the cosine never begins.")
+                ] if short or self.schedule == "cosine" and self.warmup_steps == self.steps else []
+        return [f"{{{name}}} is not read by {by}." for name, by in sorted(found)] + late
 
     @property
     def steps(self) -> int:
