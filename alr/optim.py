@@ -283,7 +283,7 @@ def refuse_sparse(model: nn.Module) -> None:
 
 def named(pair: Any) -> bool:
     """Is it an entry of named_parameters?"""
-    return isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str)
+    return isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str) and isinstance(pair[1], Tensor)
 
 
 def check_pairs(listed: list[tuple]) -> None:

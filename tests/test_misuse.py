@@ -673,7 +673,7 @@ def test_numpys_other_numbers_are_shares(share):
     assert alr.LowRankLinear(48, 48, share).rank == 12
 
 
-@pytest.mark.parametrize("bad", ["8", None, True, np.bool_(True), 0, -1, 49, 1.5, 0.0, NAN, INF, [5], (5,), {}, torch.tensor(5),
+@pytest.mark.parametrize("bad", ["8", None, True, np.bool_(True), 0, -1, 49, 1.5, 0.0, NAN, INF, [5], (5,), {}, torch.tensor([5, 6]),
                                  8j, b"8"])
 def test_what_is_no_rank_is_refused_and_says_what_is(bad):
     for rank in (bad, {"0": bad, "2": bad}, lambda name, linear: bad):
@@ -799,7 +799,7 @@ def test_a_setting_that_no_step_can_be_made_with_is_refused(settings, match):
 
 
 @pytest.mark.parametrize("params, match", [
-    ([], "no pairs; call alr.factorize_"), (dense(), "no pairs; call alr.factorize_"),
+    ([], "no pairs; a group of them is"), (dense(), "no pairs; call alr.factorize_"),
     ([{"params": [nn.Parameter(torch.ones(3))]}], "no pairs"),
     ([a_pair()[:1]], "pair 0 is .8, 2., which are no factors of one matrix"),
     ([(*a_pair(), nn.Parameter(torch.ones(3)))], "no factors of one"),
