@@ -219,7 +219,8 @@ def test_whoever_changes_a_rank_in_an_open_window_drops_what_it_has_seen(change,
     with pytest.warns(UserWarning, match="'0' w.* before the decision of step 10; what was seen so far is dropped") as told:
         change(model, optimizer, adapter)
         events = train(model, optimizer, adapter, 10 - at, start=at)
-    assert sum("dropped" in str(one.message) for one in told) == 1 and adapter.observer is not was and adapter.ranks["0"] == model[0].rank
+    assert sum("dropped" in str(one.message) for one in told) == 1
+    assert adapter.observer is not was and adapter.ranks["0"] == model[0].rank
     assert bool(events) == (at < 9 or change.__name__ == "<lambda>")       # by the steps that are left, if there are any
     assert {e.step for e in train(model, optimizer, adapter, 10, start=10)} == {20}
     adapter.check_held()

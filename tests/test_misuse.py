@@ -673,8 +673,8 @@ def test_numpys_other_numbers_are_shares(share):
     assert alr.LowRankLinear(48, 48, share).rank == 12
 
 
-@pytest.mark.parametrize("bad", ["8", None, True, np.bool_(True), 0, -1, 49, 1.5, 0.0, NAN, INF, [5], (5,), {}, torch.tensor([5, 6]),
-                                 8j, b"8"])
+@pytest.mark.parametrize("bad", ["8", None, True, np.bool_(True), 0, -1, 49, 1.5, 0.0, NAN, INF, [5], (5,), {},
+                                 torch.tensor([5, 6]), 8j, b"8"])
 def test_what_is_no_rank_is_refused_and_says_what_is(bad):
     for rank in (bad, {"0": bad, "2": bad}, lambda name, linear: bad):
         model = dense()
