@@ -253,6 +253,7 @@ class RankAdapter:
         self._closed = False
         self._check_own()
         self._known = {name: (layer.U, layer.V) for name, layer in self.layers.items()}
+        self._rest = self._others()
         if self.layers:
             if recipe.estimate is not None:         # else no rank moves but by hand: `resize` asks then
                 recipe.state.check(self.optimizers)
@@ -757,15 +758,26 @@ class RankAdapter:
         """Factors that were replaced behind our back (a state dict of other ranks was loaded): the optimizers get the new ones.
 
         Where the optimizer's state was loaded too, it is of the new shapes and stays; other state is dropped.  So is what an
-        open window has seen of the old factors.  ValueError for new ones that no optimizer holds or can be given.
+        open window has seen of the old factors.  A state dict that was loaded with assign=True has replaced all other
+        Parameters as well, which the optimizers get too.  ValueError for factors that no optimizer holds or can be given.
         """
+        replaced = self._replaced()
         adopt(self.optimizers, self._known, self.layers)
-        if replaced := self._replaced():
+        if replaced:
+            now = self._others()
+            for name, old in self._rest.items():
+                follow(self.optimizers, old, now.get(name, old))
+            self._rest = now
             self._drop_window(replaced[0], "the factors of {} were replaced (by a state dict, say)")
         for name, layer in self.layers.items():
             self._known[name] = (layer.U, layer.V)
         if any({"U", "V"} <= set(self.layers[name]._parameters) for name in replaced):
             self.check_held()
+
+    def _others(self) -> dict[str, nn.Parameter]:
+        """The Parameters of the model that are no factors of its layers, by name."""
+        factors = {id(p) for layer in self.layers.values() for p in (layer.U, layer.V)}
+        return {name: p for name, p in self.model.named_parameters() if id(p) not in factors}
 
     def _replaced(self) -> list[str]:
         return [name for name, layer in self.layers.items()
@@ -861,10 +873,15 @@ def adopt(optimizers: Sequence[Optimizer], known: dict[str, tuple[nn.Parameter, 
     """Optimizers that hold the factors `known`, (U, V) by layer, get those that the layers have now: see `_adopt`."""
     for name, pair in known.items():
         for old, new in zip(pair, (layers[name].U, layers[name].V)):
-            while old is not new and old is not None:
-                Plan(tuple(Move(*place, old, new, fitting(place[0].state.get(old, {}), new))
-                           for place in places_of(optimizers, old) if holder([place[0]], new) is None)).apply()
-                old = getattr(old, "stands_now", None)      # loaded more than once: some may hold what came between
+            follow(optimizers, old, new)
+
+
+def follow(optimizers: Sequence[Optimizer], old: nn.Parameter, new: nn.Parameter) -> None:
+    """Every optimizer that holds `old` gets `new` in its place, with its state where that fits."""
+    while old is not new and old is not None:
+        Plan(tuple(Move(*place, old, new, fitting(place[0].state.get(old, {}), new))
+                   for place in places_of(optimizers, old) if holder([place[0]], new) is None)).apply()
+        old = getattr(old, "stands_now", None)              # loaded more than once: some may hold what came between
 
 
 def bare(optimizer: Optimizer) -> Optimizer:

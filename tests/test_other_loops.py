@@ -325,6 +325,39 @@ def test_what_is_loaded_with_assign_is_trained(rank, make, adapted):
         assert {id(p) for layer in (model[0], model[4]) for p in (layer.U, layer.V)} <= held(optimizer)
 
 
+@pytest.mark.parametrize("make", [alr.PairOptimizer, adamw])
+@pytest.mark.parametrize("rank", [8, 5])
+def test_with_assign_all_that_was_trained_is_trained_and_goes_on_as_if_never_stopped(make, rank):
+    """Norms, biases and embeddings too: a loss that falls by the factors alone would tell nobody."""
+    def built(rank):
+        torch.manual_seed(0)
+        model = alr.factorize_(nn.Sequential(nn.Linear(24, 24), nn.LayerNorm(24), nn.ReLU(), nn.Linear(24, 24)), rank=rank)
+        optimizer = make(model)
+        return model, optimizer, alr.RankAdapter(model, optimizer, alr.recipes.uniform)
+
+    def steps(model, optimizer, adapter, first, last):
+        for i in range(first, last):
+            x = torch.randn(16, 24, generator=torch.Generator().manual_seed(i))     # (16, 24)
+            (model(x) - x).square().mean().backward()
+            optimizer.step()
+            adapter.step()
+            optimizer.zero_grad()
+
+    whole = built(rank)
+    steps(*whole, 0, 4)
+    saved = copy.deepcopy([part.state_dict() for part in whole])
+    steps(*whole, 4, 8)
+    other = built(8)
+    for part, state, how in zip(other, saved, ({"assign": True}, {}, {})):
+        part.load_state_dict(state, **how)
+    assert {id(p) for p in other[0].parameters()} == held(other[1])
+    before = {name: p.detach().clone() for name, p in other[0].named_parameters()}
+    steps(*other, 4, 8)
+    assert all((p != before[name]).any() for name, p in other[0].named_parameters())
+    for (name, p), q in zip(whole[0].named_parameters(), other[0].parameters()):
+        assert torch.equal(p, q), name
+
+
 def test_a_replacement_that_no_optimizer_holds_is_refused_by_recipes_that_hold_ranks_too():
     model = net(8)
     optimizer = adamw(model)
