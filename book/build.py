@@ -20,7 +20,6 @@ from pathlib import Path
 
 import nbformat
 import yaml
-from PIL import Image
 
 import touch
 from lean import lean
@@ -218,22 +217,12 @@ def browser() -> str:
                      "or name yours: make pdf CHROME=/path/to/chrome. The HTML book needs none: make book")
 
 
-def thin(pictures: Path) -> None:
-    """PNGs as JPEGs of the same name: a browser prints a JPEG as it is, and unpacks a PNG to ten times its bytes."""
-    for path in pictures.glob("*.png"):
-        with Image.open(path) as picture:
-            white = Image.new("RGB", picture.size, "white")
-            white.paste(picture.convert("RGBA"), mask=picture.convert("RGBA").getchannel("A"))
-        white.save(path, "JPEG", quality=88, subsampling=0)         # the browser looks at the bytes, not at the name
-
-
 def pdf(run: Path) -> None:
     """All pages as one, printed to _build/alr.pdf by a headless browser; no LaTeX."""
     chrome = browser()
     stage(run)
     page = jupyter_book("singlehtml") / "index.html"
     page.write_text(inside(page.read_text(encoding="utf8")), encoding="utf8")
-    thin(page.parent / "_images")
     target = BUILD / "alr.pdf"
     target.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory() as profile_folder:

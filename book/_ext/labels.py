@@ -6,7 +6,7 @@ from pybtex.style.labels import BaseLabelStyle
 
 
 class AuthorYear(BaseLabelStyle):
-    """'Khodak et al., 2021'; two works of one label get a and b."""
+    """'Khodak et al., 2021'; a second work of one label gets a b."""
 
     def format_labels(self, sorted_entries):
         seen = {}
